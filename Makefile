@@ -1,0 +1,97 @@
+# Everything here needs make and Python >= 3.10 with its venv module, and nothing else.
+#
+#   PYTHON    the interpreter that the environment is made from. If it has torch, the environment
+#             takes that torch; else pip installs the one that constraints.txt names.
+#   PIP_ARGS  handed to pip install, such as an index that holds another build of torch.
+#   MINUTES   how long `make demo` trains.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+MINUTES ?= 3
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.colonnade-stamp
+UNFINISHED := $(VENV)/.colonnade-unfinished
+RUN := runs/demo
+
+# The oldest torch that pyproject.toml accepts, as (major, minor).
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+FOLDER := import pathlib; print(pathlib.Path(torch.__file__).parents[1])
+OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
+
+.PHONY: help install demo test test-slow lint format clean
+
+help:
+	@echo 'make install    make .venv, with every extra and the tools for development'
+	@echo 'make demo       train a small model for MINUTES=$(MINUTES), then evaluate, sample and draw it'
+	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
+	@echo 'make test-slow  the tests marked slow'
+	@echo 'make lint       formatting, lint and types'
+	@echo 'make format     reformat, and fix what ruff can fix'
+	@echo 'make clean      remove .venv and caches; runs/ stays'
+	@echo
+	@echo 'Variables: PYTHON=$(PYTHON), MINUTES=$(MINUTES), and PIP_ARGS for pip install.'
+
+install: $(STAMP)
+
+# The stamp comes last, so an interrupted installation is taken up again. What it left may be
+# damaged, hence --clear; an environment that somebody else made and finished is used as it is.
+# --system-site-packages does not reach into an environment that PYTHON belongs to: a .pth does.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v '$(PYTHON)' >/dev/null || \
+	    { echo 'colonnade: there is no "$(PYTHON)" here. Name a Python: make PYTHON=python3.12' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "colonnade: Python must be 3.10 or newer, got $$('$(PYTHON)' --version 2>&1) from \"$(PYTHON)\". Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo 'colonnade: "$(PYTHON)" has no venv module. Install it (Debian, Ubuntu: apt install python3-venv) or name another: make PYTHON=python3.12' >&2; exit 1; }
+	@set -e; \
+	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    site=; torch=; \
+	    if torch=$$('$(PYTHON)' -c '$(HAS_TORCH); $(FOLDER)' 2>/dev/null); then site=--system-site-packages; fi; \
+	    echo "Making $(VENV) with $$('$(PYTHON)' --version)"; \
+	    '$(PYTHON)' -m venv --clear $$site $(VENV); \
+	    if [ -d "$$torch" ] && ! $(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null; then \
+	        echo "$$torch" >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-folder.pth"; \
+	    fi; \
+	fi; \
+	touch $(UNFINISHED); \
+	if $(BIN)/python -c '$(HAS_TORCH); $(OUTSIDE)' 2>/dev/null; then \
+	    echo 'Taking the torch that is installed'; \
+	    grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt; \
+	else \
+	    cp constraints.txt $(VENV)/constraints.txt; \
+	fi; \
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $(PIP_ARGS) -e '.[all,dev]'; \
+	rm $(UNFINISHED); \
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/colonnade train --preset demo --minutes $(MINUTES) --out $(RUN) --overwrite
+	$(BIN)/colonnade eval $(RUN)
+	$(BIN)/colonnade sample $(RUN) --bytes 400
+	$(BIN)/colonnade show --stride 16 --summary 2 --length 96 --out $(RUN)/pattern.png
+
+# Run-time type checks would refuse bad input before our own errors could, and stand in a
+# compiler's way: the tests of both are marked plain and run without.
+test: $(STAMP)
+	$(BIN)/python -m pytest --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu'
+	$(BIN)/python -m pytest -m 'plain and not slow and not gpu'
+
+# pytest exits with 5 when it has nothing to run.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow || \
+	    { code=$$?; [ $$code -eq 5 ] || exit $$code; echo 'No test is marked slow.'; }
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m mypy
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build src/colonnade.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
