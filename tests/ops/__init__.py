@@ -1,0 +1,1 @@
+"""Tests of the operation and of its backends."""

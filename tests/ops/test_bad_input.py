@@ -1,0 +1,222 @@
+"""What a user may get wrong: each mistake raises, and the message names the argument and its value.
+
+These run without the type-checking plugin, which would raise before the package can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from colonnade import FixedPattern, FullPattern, attention, explain
+
+pytestmark = pytest.mark.plain
+
+FIXED = FixedPattern(4, 1)
+SHAPES = {"query": (2, 4, 6, 8), "key": (2, 2, 6, 8), "value": (2, 2, 6, 8)}
+
+
+def _shaped(**shapes: tuple[int, ...]) -> list[Any]:
+    """Query, key and value, some of them of another shape than fits."""
+    return [torch.zeros(shape) for shape in (SHAPES | shapes).values()]
+
+
+def _changed(**changes: Callable[[Tensor], object]) -> list[Any]:
+    """Query, key and value, some of them made into something else."""
+    tensors: dict[str, Any] = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name])
+    return list(tensors.values())
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+@pytest.mark.parametrize("function", [attention, explain])
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        (_changed(query=lambda _: None), TypeError, "query must be a tensor, got a NoneType"),
+        (_changed(key=Tensor.tolist), TypeError, "key must be a tensor, got a list"),
+        (_changed(value=Tensor.numpy), TypeError, "value must be a tensor, got a ndarray"),
+        (_changed(query=Tensor.long), TypeError, r"query\.dtype=torch\.int64"),
+        (_changed(key=Tensor.bool), TypeError, r"key\.dtype=torch\.bool"),
+        (_changed(value=lambda t: t + 0j), TypeError, r"value\.dtype=torch\.complex64"),
+        (_changed(key=Tensor.to_sparse), TypeError, r"key\.layout=torch\.sparse_coo"),
+        (
+            _changed(key=Tensor.double),
+            TypeError,
+            r"one dtype, got query\.dtype=torch\.float32, key\.dtype=torch\.float64",
+        ),
+        (_changed(value=Tensor.half), TypeError, r"one dtype.*value\.dtype=torch\.float16"),
+        (_changed(key=_meta), ValueError, r"one device.*key\.device=meta, value\.device=cpu"),
+        (_changed(query=_meta), ValueError, r"one device, got query\.device=meta"),
+        (_shaped(query=(4, 6, 8)), ValueError, r"\[batch, heads.*query\.shape=\(4, 6, 8\)"),
+        (_shaped(value=(1, 2, 2, 6, 8)), ValueError, r"value\.shape=\(1, 2, 2, 6, 8\)"),
+        (_shaped(query=(3, 4, 6, 8)), ValueError, r"agree in batch.*query\.shape=\(3, 4, 6, 8\)"),
+        (_shaped(key=(1, 2, 6, 8)), ValueError, r"agree in batch.*key\.shape=\(1, 2, 6, 8\)"),
+        (_shaped(value=(1, 2, 6, 8)), ValueError, r"agree in batch.*value\.shape=\(1, 2, 6, 8\)"),
+        (_shaped(query=(2, 4, 6, 7)), ValueError, r"head width.*query\.shape=\(2, 4, 6, 7\)"),
+        (_shaped(key=(2, 1, 6, 8)), ValueError, r"key and value in heads.*key\.shape=\(2, 1,"),
+        (_shaped(value=(2, 2, 5, 8)), ValueError, r"and length.*value\.shape=\(2, 2, 5, 8\)"),
+        (
+            _shaped(query=(2, 3, 6, 8)),
+            ValueError,
+            r"multiple of key's.*query\.shape=\(2, 3, 6, 8\), key\.shape=\(2, 2, 6, 8\)",
+        ),
+        (_shaped(query=(2, 1, 6, 8)), ValueError, r"multiple of key's.*query\.shape=\(2, 1,"),
+        (_shaped(query=(2, 0, 6, 8)), ValueError, r"at least 1.*query\.shape=\(2, 0, 6, 8\)"),
+        (
+            _shaped(key=(2, 0, 6, 8), value=(2, 0, 6, 8)),
+            ValueError,
+            r"at least 1.*key\.shape=\(2, 0, 6, 8\)",
+        ),
+        (
+            _shaped(query=(2, 4, 6, 0), key=(2, 2, 6, 0)),
+            ValueError,
+            r"widths must be at least 1.*query\.shape=\(2, 4, 6, 0\)",
+        ),
+        (_shaped(value=(2, 2, 6, 0)), ValueError, r"widths.*value\.shape=\(2, 2, 6, 0\)"),
+        (
+            _shaped(query=(2, 4, 7, 8)),
+            ValueError,
+            r"not be longer than key.*query\.shape=\(2, 4, 7, 8\), key\.shape=\(2, 2, 6, 8\)",
+        ),
+    ],
+)
+def test_tensors(
+    tensors: list[Any],
+    error: type[Exception],
+    message: str,
+    function: Callable[..., object],
+) -> None:
+    with pytest.raises(error, match=message):
+        function(*tensors, FIXED)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale": math.nan}, ValueError, "scale must be finite, got scale=nan"),
+        ({"scale": -math.inf}, ValueError, "scale must be finite, got scale=-inf"),
+        ({"scale": True}, TypeError, "scale must be a float, got scale=True"),
+        ({"scale": "0.5"}, TypeError, "got scale='0.5'"),
+        ({"scale": torch.tensor(0.5)}, TypeError, r"got scale=tensor\(0\.5"),
+        ({"dropout_p": -0.1}, ValueError, r"in \[0, 1\], got dropout_p=-0\.1"),
+        ({"dropout_p": 1.5}, ValueError, r"in \[0, 1\], got dropout_p=1\.5"),
+        ({"dropout_p": math.nan}, ValueError, "dropout_p must be finite, got dropout_p=nan"),
+        ({"dropout_p": None}, TypeError, "got dropout_p=None"),
+        ({"dropout_p": False}, TypeError, "got dropout_p=False"),
+        ({"dropout_p": 0.1}, NotImplementedError, r"no dropout.*got dropout_p=0\.1"),
+        ({"backend": "flash"}, ValueError, r"\['auto', 'eager', 'reference'\].*backend='flash'"),
+        ({"backend": "Eager"}, ValueError, "got backend='Eager'"),
+        ({"backend": None}, ValueError, "got backend=None"),
+        ({"pattern": None}, TypeError, "pattern must be a Pattern.*got a NoneType"),
+        ({"pattern": "fixed"}, TypeError, r"mask\(seq_len, num_heads\), got a str"),
+        ({"pattern": FIXED.factors()}, TypeError, "got a tuple"),
+        ({"pattern": torch.ones(6, 6)}, TypeError, "got a Tensor"),
+        ({"pattern": FIXED.mask}, TypeError, "got a method"),
+    ],
+)
+def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention(*_shaped(), **({"pattern": FIXED} | options))
+
+
+def test_explain_checks_the_pattern_too() -> None:
+    with pytest.raises(TypeError, match=r"pattern must be a Pattern.*got a NoneType"):
+        explain(*_shaped(), pattern=None)  # type: ignore[misc, arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"summary": 160}, ValueError, r"in \[1, stride\], got summary=160 and stride=128"),
+        ({"summary": 0}, ValueError, "got summary=0 and stride=128"),
+        ({"summary": -8}, ValueError, "got summary=-8"),
+        ({"stride": 0}, ValueError, "stride must be at least 1, got stride=0"),
+        ({"stride": -128}, ValueError, "got stride=-128"),
+        ({"subblocks": 0}, ValueError, "subblocks must be at least 1, got subblocks=0"),
+        ({"subblocks": 17}, ValueError, "got subblocks=17, summary=8 and stride=128"),
+        ({"part": "strided"}, ValueError, "'merged', 'local', 'summary'.*got part='strided'"),
+        ({"part": None}, ValueError, "got part=None"),
+        ({"part": ["merged"]}, ValueError, r"got part=\['merged'\]"),
+        ({"stride": 128.0}, TypeError, r"stride must be an int, got stride=128\.0"),
+        ({"stride": True}, TypeError, "got stride=True"),
+        ({"stride": None}, TypeError, "got stride=None"),
+        ({"summary": "8"}, TypeError, "summary must be an int, got summary='8'"),
+        ({"summary": torch.tensor(8)}, TypeError, r"got summary=tensor\(8\)"),
+        ({"subblocks": 2.0}, TypeError, r"subblocks must be an int, got subblocks=2\.0"),
+        ({"causal": 1}, TypeError, "causal must be a bool, got causal=1"),
+        ({"causal": "yes"}, TypeError, "got causal='yes'"),
+    ],
+)
+def test_fixed_pattern(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FixedPattern(**({"stride": 128, "summary": 8} | arguments))
+
+
+@pytest.mark.parametrize("causal", [None, 0, "full"])
+def test_full_pattern(causal: Any) -> None:
+    with pytest.raises(TypeError, match=f"causal must be a bool, got causal={causal!r}"):
+        FullPattern(causal=causal)
+
+
+@pytest.mark.parametrize("pattern", [FIXED, FullPattern()])
+@pytest.mark.parametrize(
+    ("method", "arguments", "error", "message"),
+    [
+        ("indices", {"i": -1}, ValueError, "i must be at least 0, got i=-1"),
+        ("indices", {"i": 5, "seq_len": 5}, ValueError, "got i=5 and seq_len=5"),
+        ("indices", {"i": 0, "seq_len": -5}, ValueError, "got seq_len=-5"),
+        ("indices", {"i": 0, "head": -1}, ValueError, "head must be at least 0, got head=-1"),
+        ("indices", {"i": 1.0}, TypeError, r"i must be an int, got i=1\.0"),
+        ("indices", {"i": True}, TypeError, "got i=True"),
+        ("mask", {"seq_len": -1}, ValueError, "got seq_len=-1"),
+        ("mask", {"seq_len": 4.0}, TypeError, r"got seq_len=4\.0"),
+        ("mask", {"seq_len": 4, "num_heads": 0}, ValueError, "got num_heads=0"),
+        ("mask", {"seq_len": 4, "num_heads": True}, TypeError, "got num_heads=True"),
+        ("num_pairs", {"seq_len": -4}, ValueError, "got seq_len=-4"),
+        ("num_pairs", {"seq_len": False}, TypeError, "got seq_len=False"),
+        ("num_pairs", {"seq_len": 4, "head": -1}, ValueError, "got head=-1"),
+        ("num_pairs", {"seq_len": 4, "head": 0.5}, TypeError, r"got head=0\.5"),
+        ("density", {"seq_len": 0}, ValueError, "seq_len must be at least 1, got seq_len=0"),
+        ("density", {"seq_len": 4.5}, TypeError, r"got seq_len=4\.5"),
+    ],
+)
+def test_methods(
+    method: str,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    pattern: FixedPattern | FullPattern,
+) -> None:
+    with pytest.raises(error, match=message):
+        getattr(pattern, method)(**arguments)
+
+
+@pytest.mark.parametrize("pattern", [FixedPattern(4, 1, causal=False), FullPattern(causal=False)])
+def test_a_bidirectional_set_needs_the_length(pattern: FixedPattern | FullPattern) -> None:
+    with pytest.raises(ValueError, match=r"needs seq_len, got seq_len=None.*causal=False"):
+        pattern.indices(0)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "summary", "error", "message"),
+    [
+        (0, 1, ValueError, "seq_len must be at least 1, got seq_len=0"),
+        (4, 0, ValueError, "summary must be at least 1, got summary=0"),
+        (4, 5, ValueError, "at most seq_len, got summary=5 and seq_len=4"),
+        (4.0, 1, TypeError, r"got seq_len=4\.0"),
+        (4, True, TypeError, "got summary=True"),
+    ],
+)
+def test_best_stride(seq_len: Any, summary: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FixedPattern.best_stride(seq_len, summary)

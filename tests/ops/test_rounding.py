@@ -1,0 +1,102 @@
+"""Half and single precision: no error beyond what rounding explains (see tests/rounding.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.cases import Case, Inputs, Results, attend, attend_by_loops, both, cases
+from tests.rounding import check
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _in_float64(inputs: Inputs) -> Inputs:
+    """The same numbers, already rounded, in float64."""
+    return Inputs(*(t.double() for t in inputs))
+
+
+def _check_dtypes(results: Results, dtype: torch.dtype) -> None:
+    assert results.lse.dtype == torch.promote_types(dtype, torch.float32)
+    for name in ("out", "grad_query", "grad_key", "grad_value"):
+        assert getattr(results, name).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=25)
+@given(case=cases())
+def test_short_sequences_against_the_definition(dtype: torch.dtype, case: Case) -> None:
+    inputs = case.inputs(dtype)
+    expected = attend_by_loops(case, _in_float64(inputs))
+    for backend in ("eager", "reference"):
+        found = attend(case, inputs, backend)
+        _check_dtypes(found, dtype)
+        check(case, inputs, found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=15)
+@given(case=cases(max_len=120, max_stride=24))
+def test_longer_sequences_against_float64(dtype: torch.dtype, case: Case) -> None:
+    """Here rows read up to a hundred keys: a weight rounded to half precision would show."""
+    inputs = case.inputs(dtype)
+    expected = attend(case, _in_float64(inputs), "reference")
+    check(case, inputs, attend(case, inputs, "eager"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_neither_overflow_nor_lose_the_maximum(dtype: torch.dtype) -> None:
+    """Scores in the hundreds: exp overflows float32 beyond 88 unless the peak is taken off."""
+    case = Case(scale=60.0)
+    inputs = case.inputs(dtype)
+    expected = attend_by_loops(case, _in_float64(inputs))
+    assert expected.lse.max() > 100
+    found = attend(case, inputs, "eager")
+    assert all(t.isfinite().all() for t in found)
+    check(case, inputs, found, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_the_inputs_and_nothing_else(dtype: torch.dtype, backend: str) -> None:
+    """Inside, scores and weights stay float32: autocast must not reach the backend's products."""
+    case = Case()
+    query, key, value = (t.float() for t in case.inputs()[:3])
+    with torch.autocast("cpu", dtype=dtype):
+        pair = both(query, key, value, case.pattern, backend)
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    expected = both(query, key, value, case.pattern, backend)
+    assert pair[0].dtype == dtype
+    assert pair[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_autocast_gradients_come_in_the_type_of_the_inputs(backend: str) -> None:
+    """And they are those of the rounded inputs. The backward runs outside, as PyTorch advises."""
+    case = Case()
+    single = case.inputs(torch.float32)
+    leaves = single.leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = both(*leaves, case.pattern, backend, case.scale)
+    grad_out = single.grad_out.bfloat16()
+    grads = torch.autograd.grad(out, leaves, grad_out)
+    rounded = single._replace(
+        **{name: getattr(single, name).bfloat16() for name in ("query", "key", "value")},
+        grad_out=grad_out,
+        grad_lse=torch.zeros_like(single.grad_lse),
+    )
+    for found, expected in zip(grads, attend(case, rounded, backend)[2:], strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected.float())
+
+
+def test_float64_stays_under_autocast() -> None:
+    """As PyTorch's own attention does."""
+    case = Case()
+    query, key, value = case.inputs()[:3]
+    expected = both(query, key, value, case.pattern)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pair = both(query, key, value, case.pattern)
+    assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))

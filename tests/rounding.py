@@ -1,0 +1,99 @@
+"""How far from the truth floating point may be: bounds from rounding, none of them tuned.
+
+Written for a computation that rounds its results to `dtype` once and does everything before that
+in float32 (in float64 for float64), in any order. With u the unit roundoff of the computation, d
+and e the widths of queries and values, and, for a query i that reads w keys,
+
+    S = max_j |scale| · Σ|q||k|      the largest score, taken term by term
+    B_ij = Σ|dO_i||v_j|,   D_i = Σ_j P_ij B_ij
+
+a sum of m products is off by at most m·u times the sum of their absolute values, so
+
+1. a score is off by (d + 2)·u·S: d terms, the scale itself, and the product with it;
+2. score - peak is off by u·2S more, exp by a relative 2u, the sum of w weights by w·u; the log-sum-
+   exp adds log(sum) and the peak, each at most S + w. Together, as an absolute error of the lse or
+   as a relative error of any weight P, normalised by the sum or recomputed from the lse, at most
+       rho = (2(d + 5)·S + 4w + 8)·u;
+3. out = Σ P v is off by rho·Σ P|v|, where the 4w in rho covers the w·u of this sum too;
+4. dP is off by e·u·B, delta = Σ P dP by (rho + (e + w + 1)·u)·D, so, whenever the scale comes in,
+   dS = scale·P·(dP - delta + dlse) by sigma·|scale|·P·(B + D + |dlse|) with
+       sigma = 2·rho + (e + w + 6)·u;
+5. dQ sums w terms; dK and dV sum one term for each query of the group, in at most kv_len parts.
+
+All of this is to first order. Twice the bound (machine epsilon is 2u) covers the higher orders.
+A weight below the smallest normal number may be lost altogether: each weight counts for at least
+that number divided by epsilon, of which a relative error of rho is more than the number itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.cases import Case, Inputs, Results
+
+
+def bounds(case: Case, inputs: Inputs) -> Results:
+    """The largest error of each result before it is rounded to the type of the inputs."""
+    info = torch.finfo(torch.promote_types(inputs.query.dtype, torch.float32))
+    eps = info.eps
+    mask = case.mask()[:, None]
+    heads = (case.kv_heads, case.group)
+    query, grad_out, grad_lse = (
+        t.double().unflatten(1, heads) for t in (inputs.query, inputs.grad_out, inputs.grad_lse)
+    )
+    key, value = inputs.key.double()[:, :, None], inputs.value.double()[:, :, None]
+    scores = (case.scale * query @ key.mT).masked_fill(~mask, -math.inf)
+    weights = scores.softmax(-1).clamp(min=info.smallest_normal / eps).masked_fill(~mask, 0.0)
+    largest = (abs(case.scale) * query.abs() @ key.abs().mT).masked_fill(~mask, 0.0)
+    largest = largest.amax(-1, keepdim=True)
+    width = mask.sum(-1, keepdim=True)
+    terms = case.group * case.q_len + case.kv_len
+
+    rho = eps * (2 * (case.qk_dim + 5) * largest + 4 * width + 8)
+    products = grad_out.abs() @ value.abs().mT
+    mean = (weights * products).sum(-1, keepdim=True)
+    sigma = 2 * rho + eps * (case.v_dim + width + 6)
+    d_scores = abs(case.scale) * weights * (products + mean + grad_lse.abs()[..., None])
+    return Results(
+        out=(rho * (weights @ value.abs())).flatten(1, 2),
+        lse=(rho * (width > 0))[..., 0].flatten(1, 2),
+        grad_query=((sigma + eps * width) * d_scores @ key.abs()).flatten(1, 2),
+        grad_key=(((sigma + eps * terms) * d_scores).mT @ query.abs()).sum(2),
+        grad_value=(((rho + eps * terms) * weights).mT @ grad_out.abs()).sum(2),
+    )
+
+
+def check(case: Case, inputs: Inputs, actual: Results, expected: Results) -> None:
+    """Assert that `actual`, in the inputs' type, is as near to float64's `expected` as it can be.
+
+    `expected` may itself be off by the bound of float64, which is far below that of the other
+    types and equal to that of float64: hence the factor 2. A rounding to `dtype` is off by half
+    its epsilon relatively, and below the normal numbers by half their spacing.
+    """
+    for name, allowed, found, true in zip(
+        Results._fields, bounds(case, inputs), actual, expected, strict=True
+    ):
+        info = torch.finfo(found.dtype)
+        rounding = info.eps / 2 * true.abs().nan_to_num(0.0, posinf=0.0, neginf=0.0)
+        rounding += (info.eps / 2 * info.smallest_normal) * (allowed > 0)
+        error = (found.double() - true).abs()
+        good = (found.double() == true) | (error <= 2 * allowed + rounding)
+        assert good.all(), (
+            f"{name} is off by {error[~good]}, allowed were {(2 * allowed + rounding)[~good]}"
+        )
+
+
+def check_half_the_digits(actual: Tensor, expected: Tensor) -> None:
+    """Assert that two float64 computations of one formula agree to half of float64's digits.
+
+    For chains of modules, where a bound term by term would repeat the chain. They hold some
+    thousand operations on numbers around 1: rounding stays near 1e-13, a different formula does
+    not, and sqrt(eps) = 1.5e-8 of the largest entry lies between the two.
+    """
+    assert actual.dtype == expected.dtype == torch.float64
+    assert actual.shape == expected.shape
+    tolerance = math.sqrt(torch.finfo(torch.float64).eps) * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerance

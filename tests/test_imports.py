@@ -1,0 +1,187 @@
+"""The law of the tree: which file may import which, read from the source.
+
+pattern → plan → ops → {cache, parallel} → nn → hf → train → cli, with shapes below everything,
+plot beside (patterns and shapes only), and bench beside (whatever lies below hf).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import colonnade
+
+ROOT = Path(colonnade.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+LEVELS = {
+    "shapes": 0,
+    "pattern": 1,
+    "plan": 2,
+    "ops": 3,
+    "cache": 4,
+    "parallel": 4,
+    "nn": 5,
+    "__init__": 6,  # the public names
+    "hf": 7,
+    "train": 8,
+    "cli": 9,
+}
+BESIDE = {
+    "plot": {"shapes", "pattern"},
+    "bench": {"shapes", "pattern", "plan", "ops", "cache", "parallel", "nn", "__init__"},
+}
+MAY_IMPORT = BESIDE | {
+    part: {below for below, level in LEVELS.items() if level < LEVELS[part] or below == part}
+    for part in LEVELS
+}
+MAY_IMPORT["cli"] |= set(BESIDE)
+OF_HF = {"transformers", "tokenizers", "accelerate", "safetensors"}
+"""What the package's extras bring, and no file below hf may need."""
+
+
+def _part(file: Path) -> str:
+    """The folder or file right under colonnade that a file belongs to."""
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def _imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in the file; submodules by their full name."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            assert node.module is not None
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if name.startswith("colonnade") and _is_module(name)}
+            yield from modules
+            if modules != names:
+                yield node.module
+
+
+def _parts_imported(file: Path) -> set[str]:
+    ours = [name.split(".") for name in _imports(file) if name.split(".")[0] == "colonnade"]
+    return {name[1] if len(name) > 1 else "__init__" for name in ours}
+
+
+def _name(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_imports_go_one_way(file: Path) -> None:
+    part = _part(file)
+    assert part in MAY_IMPORT, f"{part} has no place in the order of imports yet"
+    assert _parts_imported(file) <= MAY_IMPORT[part]
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_only_the_upper_parts_import_transformers(file: Path) -> None:
+    packages = {name.split(".")[0] for name in _imports(file)}
+    if _part(file) not in ("hf", "train", "cli"):
+        assert not packages & OF_HF
+    if _part(file) != "plot":
+        assert "matplotlib" not in packages
+
+
+def test_the_law_sees_what_it_forbids(tmp_path: Path) -> None:
+    """The reader of imports itself: inside functions, by `from`, of submodules and of names."""
+    file = tmp_path / "example.py"
+    file.write_text(
+        "import transformers.utils\n"
+        "from colonnade import nn, attention\n"
+        "def f():\n"
+        "    from colonnade.ops import eager\n"
+        "    from colonnade.ops.attention import attention\n"
+    )
+    assert set(_imports(file)) == {
+        "transformers.utils",
+        "colonnade.nn",
+        "colonnade",
+        "colonnade.ops.eager",
+        "colonnade.ops.attention",
+    }
+    assert _parts_imported(file) == {"nn", "__init__", "ops"}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if _part(file) == "ops"], ids=_name)
+def test_backends_import_no_other_backend(file: Path) -> None:
+    """Neither the reference, which they are held to, nor one another."""
+    own = file.relative_to(ROOT / "ops").parts[0].removesuffix(".py")
+    if own in ("__init__", "attention"):
+        return
+    names = [name.split(".") for name in _imports(file)]
+    others = {name[2] for name in names if name[:2] == ["colonnade", "ops"] and len(name) > 2}
+    assert not others & (set(colonnade.backends()) | {"attention"}) - {own}
+    assert ["colonnade", "ops"] not in names
+
+
+def _divides_by_stride(tree: ast.AST) -> bool:
+    """Whether positions are split into block and offset somewhere: the index arithmetic."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.BinOp(left=ast.UnaryOp(op=ast.USub()), op=ast.FloorDiv()):
+                continue  # -(-n // stride) counts blocks, rounded up: a size, no position
+            case ast.BinOp(op=ast.Mod() | ast.FloorDiv(), right=divisor):
+                pass
+            case ast.AugAssign(op=ast.Mod() | ast.FloorDiv(), value=divisor):
+                pass
+            case ast.Call(func=ast.Name(id="divmod"), args=[_, divisor]):
+                pass
+            case _:
+                continue
+        if "stride" in (getattr(divisor, "id", ""), getattr(divisor, "attr", "")):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("source", "divides"),
+    [
+        ("i % stride", True),
+        ("i // self.stride", True),
+        ("i %= pattern.stride", True),
+        ("divmod(i, p.stride)", True),
+        ("-(-n // stride)", False),
+        ("i * stride + n // 2", False),
+    ],
+)
+def test_the_search_sees_index_arithmetic(source: str, divides: bool) -> None:
+    assert _divides_by_stride(ast.parse(source)) is divides
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_only_pattern_and_plan_know_blocks(file: Path) -> None:
+    """So an off-by-one can hide in two files only; these two must be seen to do this at all."""
+    if _name(file) in ("pattern.py", "plan.py"):
+        assert _divides_by_stride(ast.parse(file.read_text()))
+    else:
+        assert not _divides_by_stride(ast.parse(file.read_text()))
+
+
+def test_importing_colonnade_loads_no_heavy_package() -> None:
+    """In a fresh interpreter: neither the extras nor a compiler for GPUs."""
+    code = "import colonnade, json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    assert "colonnade" in loaded
+    assert not loaded & (OF_HF | {"triton", "matplotlib", "typer", "rich"})
+
+
+def test_all_names_are_there() -> None:
+    """`__all__` promises nothing that is missing, in each package."""
+    for module in (colonnade, colonnade.nn):
+        assert len(set(module.__all__)) == len(module.__all__)
+        assert all(hasattr(module, name) for name in module.__all__)
