@@ -1,0 +1,7 @@
+"""The Sparse Transformer's parts as plain torch modules."""
+
+from colonnade.nn.attention import SelfAttention
+from colonnade.nn.block import FeedForward, ResidualBlock
+from colonnade.nn.embedding import TextEmbedding
+
+__all__ = ["FeedForward", "ResidualBlock", "SelfAttention", "TextEmbedding"]
