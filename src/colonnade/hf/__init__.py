@@ -1,0 +1,24 @@
+"""Everything that imports transformers.
+
+Importing this registers attn_implementation="colonnade", and the Sparse Transformer with
+AutoConfig, AutoModel and AutoModelForCausalLM.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from colonnade.hf.attention import register
+from colonnade.hf.configuration import SparseTransformerConfig
+from colonnade.hf.model import SparseTransformerForCausalLM, SparseTransformerModel
+from colonnade.hf.tokenizer import byte_tokenizer
+
+register()
+AutoConfig.register("sparse_transformer", SparseTransformerConfig, exist_ok=True)
+AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=True)
+AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)
+
+__all__ = [
+    "SparseTransformerConfig",
+    "SparseTransformerForCausalLM",
+    "SparseTransformerModel",
+    "byte_tokenizer",
+]

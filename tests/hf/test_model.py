@@ -1,0 +1,290 @@
+"""The Sparse Transformer as a transformers model: sizes, first loss, masks, generation, leaks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+
+import colonnade as col
+from colonnade.hf import (
+    SparseTransformerConfig,
+    SparseTransformerForCausalLM,
+    SparseTransformerModel,
+)
+from tests.oracle import fixed_mask, loop_attention
+
+
+def small_config(**changes: object) -> SparseTransformerConfig:
+    """Two layers, three blocks of 8 and a short one."""
+    sizes: dict[str, object] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "qk_size": 8,
+        "max_position_embeddings": 29,
+        "stride": 8,
+        "summary": 2,
+        "subblocks": 2,
+    }
+    return SparseTransformerConfig(**{**sizes, **changes})
+
+
+def random_model(
+    dtype: torch.dtype = torch.float64, **changes: object
+) -> SparseTransformerForCausalLM:
+    """A model whose output head is not zero, so that its logits say something."""
+    model = SparseTransformerForCausalLM(small_config(**changes)).to(dtype).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    for parameter in model.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(256, (batch, length))
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("enwik8", 94.95), ("demo", 0.87)],
+)
+def test_presets_have_the_stated_parameters(preset: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = SparseTransformerForCausalLM(SparseTransformerConfig.preset(preset))
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_the_paper_preset_is_the_papers() -> None:
+    config = SparseTransformerConfig.preset("enwik8")
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (
+        30,
+        8,
+        512,
+    )
+    assert (config.stride, config.summary, config.dropout) == (128, 32, 0.40)
+    assert (config.max_position_embeddings, config.intermediate_size) == (12_288, 2_048)
+
+
+@pytest.mark.parametrize("preset", ["demo", "small"])
+def test_first_loss_is_log2_of_the_vocabulary(preset: str) -> None:
+    config = small_config() if preset == "small" else SparseTransformerConfig.preset(preset)
+    model = SparseTransformerForCausalLM(config)
+    batch = tokens(2, 29)
+    bits = model(batch, labels=batch).loss.item() / math.log(2)
+    # log_softmax of 256 equal logits in float32: a few roundings of a number near 5.5.
+    assert bits == pytest.approx(8.0, abs=8 * 4 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize(("initializer", "variance"), [("code", 0.125), ("paper", 0.125**2)])
+def test_initialisation(initializer: str, variance: float) -> None:
+    config = small_config(hidden_size=256, qk_size=256, initializer=initializer)
+    model = SparseTransformerForCausalLM(config)
+    block = model.model.layers[1].block
+    attention, feed_forward = block.attention.layer, block.feed_forward
+    branch = 2 * config.num_hidden_layers
+    expected = {
+        attention.query_proj: variance / 256,
+        attention.key_proj: variance / 256,
+        attention.value_proj: variance / 256,
+        attention.out_proj: variance / 256 / branch,
+        feed_forward.up_proj: variance / 256,
+        feed_forward.down_proj: variance / 1024 / branch,
+        model.model.embedding.token: 0.125**2 / 256,
+        model.model.embedding.column: 0.125**2 / 256 / 2,
+    }
+    for module, wanted in expected.items():
+        draws = module.weight.numel()
+        # A sample variance of n normal draws has relative standard deviation sqrt(2/n); five of
+        # them leave a chance of 6e-7 a table.
+        assert module.weight.var().item() == pytest.approx(wanted, rel=5 * math.sqrt(2 / draws))
+        if isinstance(module, torch.nn.Linear):
+            assert module.bias is not None
+            assert not module.bias.any()
+
+
+def test_model_equals_its_formula() -> None:
+    """The whole forward, written out with plain loops for the attention."""
+    model = random_model()
+    ids = tokens(2, 29)
+    core = model.model
+    positions = torch.arange(29)
+    embedding = core.embedding
+    h = embedding.token.weight[ids]
+    h = h + embedding.row.weight[positions.div(8, rounding_mode="floor")]
+    h = h + embedding.column.weight[positions.remainder(8)]
+    mask = fixed_mask(29, 2, stride=8, summary=2, subblocks=2)
+    for layer in core.layers:
+        block, attention = layer.block, layer.block.attention.layer
+        x = block.attention_norm(h)
+        q, k, v = (
+            projection(x).reshape(2, 29, heads, -1).transpose(1, 2)
+            for projection, heads in (
+                (attention.query_proj, 4),
+                (attention.key_proj, 2),
+                (attention.value_proj, 2),
+            )
+        )
+        out, _ = loop_attention(q, k, v, mask, scale=1 / math.sqrt(2))
+        h = h + attention.out_proj(out.transpose(1, 2).reshape(2, 29, 16))
+        hidden = block.feed_forward.up_proj(block.feed_forward_norm(h))
+        h = h + block.feed_forward.down_proj(hidden * torch.sigmoid(1.702 * hidden))
+    logits = core.norm(h) @ model.lm_head.weight.T
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_leaks_from_the_future() -> None:
+    model = random_model()
+    ids = tokens(1, 29)
+    for changed in (0, 7, 8, 15, 28):
+        other = ids.clone()
+        other[0, changed] = (ids[0, changed] + 1) % 256
+        before, after = model(ids).logits, model(other).logits
+        assert torch.equal(before[:, :changed], after[:, :changed])
+        assert not torch.equal(before[:, changed], after[:, changed])
+
+
+def test_generate_with_a_cache_gives_the_same_tokens() -> None:
+    model = random_model()
+    prompt = tokens(2, 5)
+    attention_mask = torch.ones_like(prompt)
+    with_cache, without = (
+        model.generate(
+            prompt,
+            attention_mask=attention_mask,
+            max_new_tokens=20,
+            do_sample=False,
+            use_cache=use_cache,
+        )
+        for use_cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    assert with_cache.shape == (2, 25)
+
+
+def test_chunks_through_a_cache_equal_the_whole() -> None:
+    model = random_model()
+    ids = tokens(2, 29)
+    whole = model(ids).logits
+    cache, pieces = None, []
+    for begin, end in ((0, 3), (3, 11), (11, 12), (12, 29)):
+        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-11, atol=1e-11)
+
+
+def test_recomputation_changes_nothing() -> None:
+    """Loss and gradients, with dropout: the masks of the recomputation are those of the forward."""
+    model = random_model(dropout=0.3).train()
+    ids = tokens(2, 29)
+
+    def gradients() -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(7)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        return loss, list(torch.autograd.grad(loss, list(model.parameters())))
+
+    loss, plain = gradients()
+    model.activation_checkpointing_enable()
+    recomputed_loss, recomputed = gradients()
+    assert torch.equal(loss, recomputed_loss)
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_dropout_sits_at_the_end_of_each_branch() -> None:
+    model = SparseTransformerForCausalLM(small_config(dropout=0.3))
+    drops = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)]
+    assert drops == [f"model.layers.{i}.block.dropout" for i in range(2)]
+
+
+# The type checks replace a configuration's constructor by one that takes its fields alone.
+@pytest.mark.plain
+def test_saved_as_safetensors_and_loaded_by_the_auto_classes(tmp_path: Path) -> None:
+    model = random_model(torch.float32)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, SparseTransformerForCausalLM)
+    assert loaded.config._attn_implementation == "colonnade"
+    ids = tokens(1, 29)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, SparseTransformerModel)
+
+
+def test_embeddings_in_place_of_tokens_and_hidden_states() -> None:
+    model = random_model()
+    ids = tokens(1, 29)
+    embedded = model.get_input_embeddings()(ids)
+    out = model(inputs_embeds=embedded, output_hidden_states=True)
+    torch.testing.assert_close(out.logits, model(ids).logits, rtol=0, atol=0)
+    assert len(out.hidden_states) == 3
+
+
+def test_logits_to_keep() -> None:
+    model = random_model()
+    ids = tokens(1, 29)
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:])
+    kept = torch.tensor([0, 5])
+    torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, logits[:, kept])
+
+
+@pytest.mark.plain
+def test_what_would_be_silently_wrong_raises() -> None:
+    model = random_model()
+    ids = tokens(2, 12)
+    padded = torch.ones(2, 12, dtype=torch.long)
+    padded[0, :3] = 0
+    with pytest.raises(NotImplementedError, match="3 padded entries"):
+        model(ids, attention_mask=padded)
+    with pytest.raises(NotImplementedError, match="position_ids that restart"):
+        model(ids, position_ids=torch.arange(12).remainder(6)[None], use_cache=False)
+    with pytest.raises(ValueError, match="own mask function"):
+        model(ids, attention_mask=torch.zeros(2, 1, 12, 12))
+    with pytest.raises(ValueError, match="own mask function"):
+        model(ids, attention_mask=torch.zeros(2, 1, 12, 12, dtype=torch.bool))
+    cache = StaticCache(model.config, max_cache_len=29)
+    with pytest.raises(NotImplementedError, match=r"kv_length=29.*q_length=12.*DynamicCache"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="max_position_embeddings=29"):
+        model(tokens(1, 30))
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        model()
+
+
+@pytest.mark.plain
+def test_other_attention_implementations_raise() -> None:
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        AutoModelForCausalLM.from_config(small_config(), attn_implementation="sdpa")
+    dense = AutoModelForCausalLM.from_config(small_config(), attn_implementation="eager")
+    with pytest.raises(NotImplementedError, match="'colonnade' only, got 'eager'"):
+        dense(tokens(1, 4))
+
+
+def test_impossible_configurations_raise() -> None:
+    with pytest.raises(ValueError, match="got summary=9 and stride=8"):
+        small_config(summary=9)
+    with pytest.raises(ValueError, match="got num_hidden_layers=0"):
+        small_config(num_hidden_layers=0)
+    with pytest.raises(ValueError, match="preset='enwik9'"):
+        SparseTransformerConfig.preset("enwik9")
+
+
+def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has no second way: what it runs is `colonnade.attention`."""
+    seen = []
+
+    def spy(*args: object, **kwargs: object) -> object:
+        seen.append(args[3])
+        return col.attention(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("colonnade.hf.attention.attention", spy)
+    random_model()(tokens(1, 9))
+    assert seen == [col.FixedPattern(8, 2, 2)] * 2
