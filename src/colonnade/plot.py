@@ -1,0 +1,107 @@
+"""Pictures: of a pattern, as characters or as an image; and of a loss curve.
+
+Needs matplotlib (extra "plot") for images; the text picture needs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colonnade.pattern import Pattern
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+READ, NOT_READ = "█", "·"
+HIGHLIGHT, ROW = "#d1495b", "#f6c9cf"
+COLOR = "#2e6f95"
+
+
+def pattern_text(pattern: Pattern, seq_len: int, head: int = 0, row: int | None = None) -> str:
+    """The mask of one head as lines of characters, query positions down, key positions across.
+
+    `row` is marked with an arrow at its end.
+
+    Raises:
+        ValueError: `row` lies outside [0, seq_len).
+    """
+    _check_row(row, seq_len)
+    mask = pattern.mask(seq_len, head + 1)[head].tolist()
+    lines = ["".join(READ if read else NOT_READ for read in line) for line in mask]
+    if row is not None:
+        lines[row] += f" ← {row} reads {sum(mask[row])} of {row + 1 if pattern.causal else seq_len}"
+    return "\n".join(lines)
+
+
+def draw_pattern(
+    pattern: Pattern, seq_len: int, path: Path, num_heads: int = 1, row: int | None = None
+) -> None:
+    """Write the masks of `num_heads` key/value heads, side by side, to a PNG or SVG.
+
+    Raises:
+        ValueError: `row` lies outside [0, seq_len), or matplotlib cannot write such a file.
+        OSError: The file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    _check_row(row, seq_len)
+    figure = Figure(figsize=(4.2 * num_heads, 4.6), layout="constrained")
+    masks = pattern.mask(seq_len, num_heads)
+    for head in range(num_heads):
+        axes = figure.add_subplot(1, num_heads, head + 1)
+        _draw_mask(axes, masks[head].tolist(), row)
+        if num_heads > 1:
+            axes.set_title(f"head {head}", fontsize=10)
+        axes.set_xlabel("key position")
+        if head == 0:
+            axes.set_ylabel("query position")
+    pairs = pattern.num_pairs(seq_len)
+    figure.suptitle(f"{pattern}\n{pairs:,} pairs, {pattern.density(seq_len):.1%}", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_mask(axes: Axes, mask: list[list[bool]], row: int | None) -> None:
+    from matplotlib.colors import ListedColormap
+
+    # 0: not read, 1: read, 2: not read in the highlighted row, 3: read there.
+    shades = [[int(read) + 2 * (i == row) for read in line] for i, line in enumerate(mask)]
+    colors = ListedColormap(["#f4f4f2", COLOR, ROW, HIGHLIGHT])
+    axes.imshow(shades, cmap=colors, vmin=0, vmax=3, interpolation="nearest")
+    if len(mask) <= 64:
+        edges = [position - 0.5 for position in range(1, len(mask))]
+        axes.hlines(edges, -0.5, len(mask) - 0.5, color="white", linewidth=0.4)
+        axes.vlines(edges, -0.5, len(mask) - 0.5, color="white", linewidth=0.4)
+    axes.tick_params(labelsize=8)
+
+
+def draw_loss(
+    steps: Sequence[int], bits_per_byte: Sequence[float], path: Path, held_out: float | None = None
+) -> None:
+    """Write a curve of training loss, in bits per byte over steps, to a PNG or SVG.
+
+    `held_out` is drawn as a level to compare with.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, bits_per_byte, color=COLOR, linewidth=1.5, label="training")
+    if held_out is not None:
+        axes.axhline(
+            held_out,
+            color=HIGHLIGHT,
+            linestyle="--",
+            label=f"validation, at the end: {held_out:.2f}",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _check_row(row: int | None, seq_len: int) -> None:
+    if row is not None and not 0 <= row < seq_len:
+        raise ValueError(f"row must be in [0, seq_len), got row={row} and seq_len={seq_len}.")

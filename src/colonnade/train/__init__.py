@@ -1,0 +1,1 @@
+"""Training and evaluation of byte models, on the transformers Trainer."""

@@ -1,0 +1,269 @@
+"""The command line end to end on a small real file, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import colonnade
+from colonnade.train.data import standard_library
+
+PICTURES = {".png": b"\x89PNG", ".svg": b"<?xml"}
+COMMAND = [sys.executable, "-m", "colonnade.cli"]
+SMALL = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "128", "--stride", "16"]
+SMALL += ["--summary", "2", "--no-compile", "--no-bf16"]
+
+
+def colonnade_command(
+    *arguments: object, stdin: bytes = b"", check: bool = True
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the command as a user does; one thread, since the processes are small."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "100"},
+        timeout=200,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr.decode()
+    return done
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30,000 bytes of real source text."""
+    file = tmp_path_factory.mktemp("data") / "text.py"
+    file.write_bytes(standard_library().read(0, 30_000).tobytes())
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 20 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    colonnade_command("train", "--data", text, "--out", folder, "--steps", 20, *SMALL)
+    return folder
+
+
+def losses(folder: Path, step: int) -> list[tuple[int, float]]:
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [(e["step"], e["loss"]) for e in state["log_history"] if "loss" in e]
+
+
+def test_a_run_leaves_model_tokenizer_checkpoints_and_curve(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "checkpoint-20", "run.json"} <= names
+    assert (run / "loss.png").read_bytes().startswith(PICTURES[".png"])
+    first, last = losses(run, 20)[0], losses(run, 20)[-1]
+    assert first == (1, pytest.approx(5.545, abs=1e-3))  # 8 bits
+    assert last[1] < 4.5
+
+
+def test_resuming_gives_the_losses_of_an_unbroken_run(
+    run: Path, text: Path, tmp_path: Path
+) -> None:
+    """Killed after a checkpoint, in the middle of the next steps."""
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        [*COMMAND, "train", "--data", text, "--out", broken, "--steps", "20", *SMALL],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    seen = b""
+    assert process.stdout is not None
+    # A checkpoint is written every 4 steps; the 9th step's log comes after the second.
+    while seen.count(b"bits_per_byte") < 9:
+        piece = process.stdout.read1(4096)
+        assert piece, seen.decode()
+        seen += piece
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert not (broken / "model.safetensors").exists()
+    resumed = colonnade_command("train", "--out", broken, "--resume")
+    assert b"resuming from" in resumed.stdout
+    assert losses(broken, 20) == losses(run, 20)
+    assert (broken / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_minutes_are_turned_into_steps(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = colonnade_command("train", "--data", text, "--out", out, "--minutes", "0.05", *SMALL)
+    steps = json.loads((out / "run.json").read_text())["steps"]
+    assert steps >= 1
+    assert re.search(rf"ms a step: {steps} steps fill the 0.05 minutes", said.stdout.decode())
+    assert losses(out, steps)[-1][0] <= steps
+
+
+def test_eval_prints_the_model_beside_tables_and_compressors(run: Path) -> None:
+    table = colonnade_command("eval", run).stdout.decode()
+    for name in ("model, min context 64", "order-2 table", "gzip -9", "xz -9"):
+        assert name in table
+    out = colonnade_command("eval", run, "--json", "--min-context", 100, "--max-bytes", 700)
+    got = json.loads(out.stdout)
+    assert got["bytes"] == 700
+    bits = got["bits_per_byte"]
+    assert 1 < bits["model, min context 100"] < 8
+    assert bits["order-2 table of the training bytes"] > 0
+
+
+def test_eval_of_other_bytes(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"x")
+    got = json.loads(colonnade_command("eval", run, "--data", other, "--json").stdout)
+    assert got["bytes"] == 1
+    assert got["bits_per_byte"]["model, min context 64"] == 8.0
+
+
+def test_sample_continues_a_prompt(run: Path) -> None:
+    prompt = bytes([0xFF, 0x00]) + b"def "
+    arguments = ("sample", run, "--prompt-file", "-", "--bytes", 50, "--seed", 3)
+    first, second = (colonnade_command(*arguments, stdin=prompt).stdout for _ in range(2))
+    assert first == second
+    assert first.startswith(prompt)
+    assert len(first) == len(prompt) + 50 + 1
+    greedy = colonnade_command("sample", run, "--prompt", "é", "--bytes", 5, "--temperature", 0)
+    assert len(greedy.stdout) == 2 + 5 + 1
+
+
+def test_show_writes_text_and_pictures(tmp_path: Path) -> None:
+    shown = colonnade_command(
+        "show", "--stride", 4, "--summary", 1, "--length", 8, "--row", 6, "--heads", 2
+    ).stdout.decode()
+    assert "···████· ← 6 reads 4 of 7" in shown
+    assert "head 1" in shown
+    for suffix, start in PICTURES.items():
+        out = tmp_path / f"pattern{suffix}"
+        colonnade_command("show", "--out", out, "--heads", 2, "--subblocks", 2, "--row", 20)
+        assert out.read_bytes().startswith(start)
+
+
+def mistakes(run: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]:
+    """What a user may do wrong, and what the one line has to say."""
+    empty, file, small = tmp_path / "empty", tmp_path / "file", tmp_path / "small"
+    empty.touch()
+    file.write_text("in the way")
+    small.write_bytes(b"too little")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.json").write_text((run / "run.json").read_text())
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    (other / "model.safetensors").touch()
+    started = tmp_path / "started"
+    started.mkdir()
+    (started / "run.json").write_text((run / "run.json").read_text())
+    new = ["train", "--data", text, "--steps", 1, "--out", tmp_path / "new"]
+    return {
+        "no such file": (["train", "--data", "nothing", "--out", tmp_path / "new"], "nothing"),
+        "empty file": (["train", "--data", empty, "--out", tmp_path / "new"], "empty"),
+        "too little data": (["train", "--data", small, "--out", tmp_path / "new"], "1024 bytes"),
+        "stride 0": ([*new, "--stride", 0], "stride must be at least 1, got stride=0"),
+        "summary > stride": ([*new, "--summary", 65], "summary=65 and stride=64"),
+        "heads": ([*new, "--heads", 3], "embed_dim=128 and num_heads=3"),
+        "preset": ([*new, "--preset", "enwik9"], "preset='enwik9'"),
+        "optimizer": ([*new, "--optimizer", "sgd"], "optimizer='sgd'"),
+        "steps": ([*new, "--steps", 0], "steps=0"),
+        "minutes": ([*new, "--minutes", "nan"], "minutes=nan"),
+        "learning rate": ([*new, "--learning-rate", -1], "learning_rate=-1"),
+        "out is a file": ([*new, "--out", file], "file"),
+        "out cannot be made": ([*new, "--out", file / "run"], "file/run"),
+        "run in the way": ([*new, "--out", run], "--overwrite"),
+        "resume nothing": (["train", "--resume", "--out", tmp_path / "no"], "holds no run"),
+        "resume too early": (["train", "--resume", "--out", started], "no checkpoint"),
+        "resume and more": (["train", "--resume", "--out", run, "--seed", 1], "leave out --seed"),
+        "eval no run": (["eval", tmp_path / "no"], "holds no run"),
+        "eval other model": (["eval", other], "'gpt2'"),
+        "min context": (["eval", run, "--min-context", 128], "min_context=128 and context=128"),
+        "split": (["eval", run, "--split", "tests"], "split='tests'"),
+        "sample other model": (["sample", other], "'gpt2'"),
+        "sample too long": (["sample", run, "--bytes", 128], "128 positions"),
+        "empty prompt": (["sample", run, "--prompt", ""], "at least one byte"),
+        "two prompts": (["sample", run, "--prompt", "a", "--prompt-file", file], "not both"),
+        "no prompt file": (["sample", run, "--prompt-file", "nothing"], "nothing"),
+        "temperature": (["sample", run, "--temperature", -1], "temperature=-1"),
+        "show stride 0": (["show", "--stride", 0], "stride=0"),
+        "show part": (["show", "--part", "all"], "part='all'"),
+        "show row": (["show", "--row", 32], "row=32 and seq_len=32"),
+        "show to nowhere": (["show", "--out", file / "x.png"], "x.png"),
+        "show to .xyz": (["show", "--out", tmp_path / "x.xyz"], "xyz"),
+        "no such option": (["show", "--strid", 4], "--strid"),
+    }
+
+
+def test_mistakes_get_one_line_and_exit_code_2(run: Path, text: Path, tmp_path: Path) -> None:
+    """In one process: importing the packages once for each of them would take minutes."""
+    table = mistakes(run, text, tmp_path)
+    before = sorted(run.iterdir())
+    script = """
+import json, sys
+from typer.testing import CliRunner
+from colonnade.cli import app
+runner = CliRunner()
+for line in sys.stdin:
+    result = runner.invoke(app, json.loads(line))
+    trouble = repr(result.exception)
+    print(json.dumps([result.exit_code, result.stdout, result.stderr, trouble]))
+"""
+    calls = "\n".join(json.dumps([str(word) for word in words]) for words, _ in table.values())
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=calls,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(table)
+    for (name, (_, expected)), (code, out, err, trouble) in zip(
+        table.items(), results, strict=True
+    ):
+        assert code == 2, (name, trouble)
+        assert expected in err, (name, err)
+        assert out == "", name
+        if name != "no such option":  # Framed by typer.
+            assert err.startswith("colonnade: "), (name, err)
+            assert err.count("\n") == 1, (name, err)
+    assert not (tmp_path / "new").exists()
+    assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("matplotlib", ["show", "--out", "x.png"], "'plot'"),
+        ("transformers", ["train"], "'train'"),
+        ("accelerate", ["train"], "'train'"),
+        ("typer", ["show"], "'train' or 'plot'"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    missing: str, arguments: list[str], extra: str, tmp_path: Path
+) -> None:
+    blocked = f"import sys; sys.modules[{missing!r}] = None; from colonnade.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert extra in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_command_has_help() -> None:
+    said = colonnade_command("--help").stdout.decode()
+    for command in ("train", "eval", "sample", "show"):
+        assert command in said
+        assert "Usage" in colonnade_command(command, "--help").stdout.decode()
+
+
+def test_version_is_one() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", colonnade.__version__)
