@@ -38,7 +38,7 @@ class Pattern(ABC):
     causal: bool
 
     @abstractmethod
-    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "*reads"]:
+    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Whether position `query` reads position `key`, for every pair that they broadcast to."""
 
     @abstractmethod
@@ -143,7 +143,7 @@ class FixedPattern(Pattern):
         stop = self.stride - (head % self.subblocks) * self.summary
         return range(stop - self.summary, stop)
 
-    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "*reads"]:
+    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Whether position `query` reads position `key`, for every pair that they broadcast to."""
         query, key = torch.broadcast_tensors(query, key)
         columns = self.summary_columns(head)
@@ -232,7 +232,7 @@ class FullPattern(Pattern):
     def __post_init__(self) -> None:
         check_flag("causal", self.causal)
 
-    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "*reads"]:
+    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Whether position `query` reads position `key`, for every pair that they broadcast to."""
         query, key = torch.broadcast_tensors(query, key)
         return key <= query if self.causal else torch.ones_like(key, dtype=torch.bool)

@@ -31,7 +31,7 @@ Output: TypeAlias = Float[Tensor, "batch heads q_len v_dim"]
 LogSumExp: TypeAlias = Float[Tensor, "batch heads q_len"]
 
 Mask: TypeAlias = Bool[Tensor, "heads q_len kv_len"]
-Positions: TypeAlias = Int[Tensor, "*shape"]
+Positions: TypeAlias = Int[Tensor, "..."]
 
 Gather: TypeAlias = Int[Tensor, "kv_heads slots"]
 Table: TypeAlias = Int[Tensor, "rows 7"]

@@ -100,3 +100,14 @@ def test_float64_stays_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pair = both(query, key, value, case.pattern)
     assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_autocast_unites_types(backend: str) -> None:
+    """Mixed types raise elsewhere; here a cached bfloat16 key may meet a float32 query."""
+    case = Case()
+    query, key, value = (t.bfloat16() for t in case.inputs()[:3])
+    expected = both(query, key, value, case.pattern, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pair = both(query.float(), key, value.float(), case.pattern, backend)
+    assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))

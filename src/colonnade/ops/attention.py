@@ -84,7 +84,9 @@ def attention(
     chosen = BACKENDS[_choose(query, key, value, pattern, backend)]
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
-    out, lse = chosen.attend(query, key, value, pattern, float(scale))
+    # Inside, float32 means float32: autocast would run the products in half precision after all.
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = chosen.attend(query, key, value, pattern, float(scale))
     return (out, lse) if return_lse else out
 
 

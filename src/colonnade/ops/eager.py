@@ -216,19 +216,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, lse, gather, table, shift = ctx.saved_tensors
-    grads = _backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        lse,
-        gather,
-        table,
-        shift,
-        ctx.own_from_slots,
-        ctx.scale,
-    )
+    plan = (gather, table, shift, ctx.own_from_slots)
+    # The caller's autocast would run the float32 products in half precision.
+    with torch.autocast(grad_out.device.type, enabled=False):
+        grads = _backward(grad_out, grad_lse, query, key, value, lse, *plan, ctx.scale)
     return (*grads, None, None, None, None, None)
 
 
