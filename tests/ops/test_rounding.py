@@ -72,16 +72,24 @@ def test_autocast_rounds_the_inputs_and_nothing_else(dtype: torch.dtype, backend
     assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["eager", "reference"])
-def test_autocast_gradients_come_in_the_type_of_the_inputs(backend: str) -> None:
-    """And they are those of the rounded inputs. The backward runs outside, as PyTorch advises."""
+@pytest.mark.parametrize(
+    ("backend", "backward_too"), [("eager", False), ("eager", True), ("reference", False)]
+)
+def test_autocast_gradients_come_in_the_type_of_the_inputs(
+    backend: str, backward_too: bool
+) -> None:
+    """And they are those of the rounded inputs.
+
+    The backward belongs outside, as PyTorch advises; eager's is the same inside.
+    """
     case = Case()
     single = case.inputs(torch.float32)
     leaves = single.leaves()
+    grad_out = single.grad_out.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, _ = both(*leaves, case.pattern, backend, case.scale)
-    grad_out = single.grad_out.bfloat16()
-    grads = torch.autograd.grad(out, leaves, grad_out)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward_too):
+        grads = torch.autograd.grad(out, leaves, grad_out)
     rounded = single._replace(
         **{name: getattr(single, name).bfloat16() for name in ("query", "key", "value")},
         grad_out=grad_out,

@@ -7,6 +7,7 @@ kernel.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -85,7 +86,7 @@ def attention(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     # Inside, float32 means float32: autocast would run the products in half precision after all.
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         out, lse = chosen.attend(query, key, value, pattern, float(scale))
     return (out, lse) if return_lse else out
 
@@ -152,10 +153,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype not in DTYPES[1:] else t.to(dtype) for t in tensors)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """No autocast inside; some devices, such as "meta", know none."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
