@@ -1,4 +1,7 @@
-"""The command line end to end on a small real file, in processes of its own."""
+"""The command line end to end on a small real file.
+
+What may die, or must not have imported anything yet, runs in processes of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,42 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 import colonnade
+from colonnade.cli import app
 from colonnade.train.data import standard_library
 
+pytestmark = pytest.mark.plain  # A user's process has no type checks either.
+
 PICTURES = {".png": b"\x89PNG", ".svg": b"<?xml"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-m", "colonnade.cli"]
 SMALL = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "128", "--stride", "16"]
 SMALL += ["--summary", "2", "--no-compile", "--no-bf16"]
 
 
-def colonnade_command(
-    *arguments: object, stdin: bytes = b"", check: bool = True
-) -> subprocess.CompletedProcess[bytes]:
-    """Run the command as a user does; one thread, since the processes are small."""
+def colonnade_process(*arguments: object) -> str:
+    """Run the command as a user does, and return what it said."""
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "100"},
-        timeout=200,
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT
     )
-    if check:
-        assert done.returncode == 0, done.stderr.decode()
-    return done
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def invoke(*arguments: object, stdin: bytes = b"") -> Result:
+    """The command within this process; for a user it is the same."""
+    return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "100"}).invoke(
+        app, [*map(str, arguments)], input=stdin
+    )
+
+
+def succeed(*arguments: object, stdin: bytes = b"") -> Result:
+    """A command that has to work."""
+    result = invoke(*arguments, stdin=stdin)
+    assert result.exit_code == 0, (result.exception, result.stderr)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 20 steps."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    colonnade_command("train", "--data", text, "--out", folder, "--steps", 20, *SMALL)
+    colonnade_process("train", "--data", text, "--out", folder, "--steps", 20, *SMALL)
     return folder
 
 
@@ -75,7 +90,7 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(
         [*COMMAND, "train", "--data", text, "--out", broken, "--steps", "20", *SMALL],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     seen = b""
     assert process.stdout is not None
@@ -88,26 +103,29 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(
     process.wait()
     process.stdout.close()
     assert not (broken / "model.safetensors").exists()
-    resumed = colonnade_command("train", "--out", broken, "--resume")
-    assert b"resuming from" in resumed.stdout
+    assert "resuming from" in colonnade_process("train", "--out", broken, "--resume")
     assert losses(broken, 20) == losses(run, 20)
     assert (broken / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
 def test_minutes_are_turned_into_steps(text: Path, tmp_path: Path) -> None:
+    """With the other choices a user has: bfloat16, recomputation, AdamW."""
     out = tmp_path / "run"
-    said = colonnade_command("train", "--data", text, "--out", out, "--minutes", "0.05", *SMALL)
+    said = succeed(
+        *("train", "--data", text, "--out", out, "--minutes", 0.05, *SMALL),
+        *("--bf16", "--recompute", "--optimizer", "adamw"),
+    )
     steps = json.loads((out / "run.json").read_text())["steps"]
     assert steps >= 1
-    assert re.search(rf"ms a step: {steps} steps fill the 0.05 minutes", said.stdout.decode())
+    assert f"ms a step: {steps} steps fill the 0.05 minutes" in said.stdout
     assert losses(out, steps)[-1][0] <= steps
 
 
 def test_eval_prints_the_model_beside_tables_and_compressors(run: Path) -> None:
-    table = colonnade_command("eval", run).stdout.decode()
+    table = succeed("eval", run).stdout
     for name in ("model, min context 64", "order-2 table", "gzip -9", "xz -9"):
         assert name in table
-    out = colonnade_command("eval", run, "--json", "--min-context", 100, "--max-bytes", 700)
+    out = succeed("eval", run, "--json", "--min-context", 100, "--max-bytes", 700)
     got = json.loads(out.stdout)
     assert got["bytes"] == 700
     bits = got["bits_per_byte"]
@@ -118,7 +136,7 @@ def test_eval_prints_the_model_beside_tables_and_compressors(run: Path) -> None:
 def test_eval_of_other_bytes(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"x")
-    got = json.loads(colonnade_command("eval", run, "--data", other, "--json").stdout)
+    got = json.loads(succeed("eval", run, "--data", other, "--json").stdout)
     assert got["bytes"] == 1
     assert got["bits_per_byte"]["model, min context 64"] == 8.0
 
@@ -126,23 +144,23 @@ def test_eval_of_other_bytes(run: Path, tmp_path: Path) -> None:
 def test_sample_continues_a_prompt(run: Path) -> None:
     prompt = bytes([0xFF, 0x00]) + b"def "
     arguments = ("sample", run, "--prompt-file", "-", "--bytes", 50, "--seed", 3)
-    first, second = (colonnade_command(*arguments, stdin=prompt).stdout for _ in range(2))
+    first, second = (succeed(*arguments, stdin=prompt).stdout_bytes for _ in range(2))
     assert first == second
     assert first.startswith(prompt)
     assert len(first) == len(prompt) + 50 + 1
-    greedy = colonnade_command("sample", run, "--prompt", "é", "--bytes", 5, "--temperature", 0)
-    assert len(greedy.stdout) == 2 + 5 + 1
+    greedy = succeed("sample", run, "--prompt", "é", "--bytes", 5, "--temperature", 0)
+    assert len(greedy.stdout_bytes) == 2 + 5 + 1
 
 
 def test_show_writes_text_and_pictures(tmp_path: Path) -> None:
-    shown = colonnade_command(
+    shown = succeed(
         "show", "--stride", 4, "--summary", 1, "--length", 8, "--row", 6, "--heads", 2
-    ).stdout.decode()
+    ).stdout
     assert "···████· ← 6 reads 4 of 7" in shown
     assert "head 1" in shown
     for suffix, start in PICTURES.items():
         out = tmp_path / f"pattern{suffix}"
-        colonnade_command("show", "--out", out, "--heads", 2, "--subblocks", 2, "--row", 20)
+        succeed("show", "--out", out, "--heads", 2, "--subblocks", 2, "--row", 20)
         assert out.read_bytes().startswith(start)
 
 
@@ -198,41 +216,19 @@ def mistakes(run: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[obje
     }
 
 
-def test_mistakes_get_one_line_and_exit_code_2(run: Path, text: Path, tmp_path: Path) -> None:
-    """In one process: importing the packages once for each of them would take minutes."""
-    table = mistakes(run, text, tmp_path)
+def test_mistakes_get_one_line_and_exit_code_2(
+    run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     before = sorted(run.iterdir())
-    script = """
-import json, sys
-from typer.testing import CliRunner
-from colonnade.cli import app
-runner = CliRunner()
-for line in sys.stdin:
-    result = runner.invoke(app, json.loads(line))
-    trouble = repr(result.exception)
-    print(json.dumps([result.exit_code, result.stdout, result.stderr, trouble]))
-"""
-    calls = "\n".join(json.dumps([str(word) for word in words]) for words, _ in table.values())
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        input=calls,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
-    )
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(table)
-    for (name, (_, expected)), (code, out, err, trouble) in zip(
-        table.items(), results, strict=True
-    ):
-        assert code == 2, (name, trouble)
-        assert expected in err, (name, err)
-        assert out == "", name
+    for name, (arguments, expected) in mistakes(run, text, tmp_path).items():
+        result = invoke(*arguments)
+        assert result.exit_code == 2, (name, result.exception)
+        assert expected in result.stderr, (name, result.stderr)
+        assert result.stdout == "", name
         if name != "no such option":  # Framed by typer.
-            assert err.startswith("colonnade: "), (name, err)
-            assert err.count("\n") == 1, (name, err)
+            assert result.stderr.startswith("colonnade: "), (name, result.stderr)
+            assert result.stderr.count("\n") == 1, (name, result.stderr)
     assert not (tmp_path / "new").exists()
     assert sorted(run.iterdir()) == before
 
@@ -259,10 +255,10 @@ def test_a_missing_extra_is_named(
 
 
 def test_every_command_has_help() -> None:
-    said = colonnade_command("--help").stdout.decode()
+    said = succeed("--help").stdout
     for command in ("train", "eval", "sample", "show"):
         assert command in said
-        assert "Usage" in colonnade_command(command, "--help").stdout.decode()
+        assert "Usage" in succeed(command, "--help").stdout
 
 
 def test_version_is_one() -> None:

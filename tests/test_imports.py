@@ -132,8 +132,6 @@ def _divides_by_stride(tree: ast.AST) -> bool:
     """Whether positions are split into block and offset somewhere: the index arithmetic."""
     for node in ast.walk(tree):
         match node:
-            case ast.BinOp(left=ast.UnaryOp(op=ast.USub()), op=ast.FloorDiv()):
-                continue  # -(-n // stride) counts blocks, rounded up: a size, no position
             case ast.BinOp(op=ast.Mod() | ast.FloorDiv(), right=divisor):
                 pass
             case ast.AugAssign(op=ast.Mod() | ast.FloorDiv(), value=divisor):
@@ -154,7 +152,7 @@ def _divides_by_stride(tree: ast.AST) -> bool:
         ("i // self.stride", True),
         ("i %= pattern.stride", True),
         ("divmod(i, p.stride)", True),
-        ("-(-n // stride)", False),
+        ("-(-n // stride)", True),
         ("i * stride + n // 2", False),
     ],
 )

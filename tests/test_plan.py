@@ -85,6 +85,7 @@ def test_without_queries_there_are_no_rows(part: Part, kv_len: int) -> None:
     pattern = FixedPattern(4, 1, part=part)
     plan = fixed_plan(pattern, 0, kv_len, 2)
     assert plan.table.shape == (0, 7)
+    assert plan.gather.shape == (2, 0)
     assert plan.mask(kv_len).shape == (2, 0, kv_len)
 
 

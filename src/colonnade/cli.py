@@ -99,6 +99,9 @@ def train(
     ] = None,
     subblocks: Annotated[int | None, typer.Option(help="Sub-blocks, one a head in turn.")] = None,
     dropout: Annotated[float | None, typer.Option(help="At the end of each branch.")] = None,
+    embedding_std: Annotated[
+        float | None, typer.Option(help="Standard deviation of a fresh token embedding.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows a step.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak of the cosine schedule.")
@@ -131,9 +134,12 @@ def train(
     model, its tokenizer, checkpoints and a picture of the loss.
     """
     with _one_line_for_mistakes():
+        from transformers.utils import logging
+
         from colonnade.hf import SparseTransformerConfig
         from colonnade.train import run
 
+        logging.disable_progress_bar()  # Of files being written; the run has a bar of its own.
         if resume:
             _refuse_others(context, {"out", "resume"})
             run.RunSettings.load(out).corpus()
@@ -148,6 +154,7 @@ def train(
                 "summary": summary,
                 "subblocks": subblocks,
                 "dropout": dropout,
+                "embedding_std": embedding_std,
             }
             recipe_changes = {
                 "batch_size": batch_size,
@@ -248,23 +255,12 @@ def eval(
         min_context = window // 2 if min_context is None else min_context
         evaluate.check_min_context(min_context, window)
         held_out = scored.read(begin, end)
-    count, bits = 0, 0.0
     with typer.progressbar(length=len(held_out), label="model", file=sys.stderr) as bar:
-        for scored_now, bits_now in evaluate.model_bits(
-            model, held_out, window, min_context, batch_size
-        ):
-            count, bits = count + scored_now, bits + bits_now
-            bar.update(scored_now)
-    assert count == len(held_out), "every byte is scored once"
-    results = {f"model, min context {min_context}": bits / count}
-    for order in range(3):
-        name = f"order-{order} table of the training bytes"
-        results[name] = evaluate.table_bits(corpus, "train", held_out, order)
-    results |= evaluate.compressor_bits(held_out)
+        results = evaluate.compare(model, corpus, held_out, min_context, batch_size, bar.update)
     if as_json:
-        typer.echo(json.dumps({"bytes": count, "bits_per_byte": results}))
+        typer.echo(json.dumps({"bytes": len(held_out), "bits_per_byte": results}))
         return
-    table = Table("", "bits per byte", title=f"{count:,} bytes of {scored.name}")
+    table = Table("", "bits per byte", title=f"{len(held_out):,} bytes of {scored.name}")
     for name, value in results.items():
         table.add_row(name, f"{value:.3f}")
     Console().print(table)

@@ -93,7 +93,7 @@ def fixed_plan(
     assert pattern.causal, "bidirectional patterns have no plan"
     stride = pattern.stride
     skipped = kv_len - q_len
-    num_blocks = -(-kv_len // stride)
+    num_blocks = num_rows(kv_len, stride)
     blocks = torch.arange(skipped // stride if q_len > 0 else num_blocks, num_blocks)
     block_begin = blocks * stride
     block_end = (block_begin + stride).clamp(max=kv_len)
@@ -112,7 +112,8 @@ def fixed_plan(
         ],
         dim=1,
     )
-    gathered_blocks = {"merged": max(num_blocks - 1, 0), "local": 0, "summary": num_blocks}
+    in_reach = num_blocks if q_len > 0 else 0
+    gathered_blocks = {"merged": max(in_reach - 1, 0), "local": 0, "summary": in_reach}
     begins = torch.arange(gathered_blocks[pattern.part], device=device)[:, None] * stride
     columns = [pattern.summary_columns(head) for head in range(num_kv_heads)]
     gather = torch.stack(
@@ -123,6 +124,11 @@ def fixed_plan(
     )
     shift = torch.tensor([c.start if own_from_slots else 0 for c in columns])
     return Plan(gather, table, shift, own_from_slots)
+
+
+def num_rows(seq_len: int, stride: int) -> int:
+    """Blocks of a sequence, a short last one included: rows of it laid out `stride` wide."""
+    return -(-seq_len // stride)
 
 
 def row_and_column(positions: Positions, stride: int) -> tuple[Positions, Positions]:

@@ -59,7 +59,7 @@ def draw_pattern(
             axes.set_ylabel("query position")
     pairs = pattern.num_pairs(seq_len)
     figure.suptitle(f"{pattern}\n{pairs:,} pairs, {pattern.density(seq_len):.1%}", fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _draw_mask(axes: Axes, mask: list[list[bool]], row: int | None) -> None:
@@ -99,7 +99,7 @@ def draw_loss(
     axes.set_ylabel("bits per byte")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _check_row(row: int | None, seq_len: int) -> None:

@@ -172,3 +172,11 @@ def test_a_pattern_is_a_pattern(pattern: object) -> None:
 def test_bad_sizes(sizes: dict[str, int], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SelfAttention(pattern=FixedPattern(4, 1), **sizes)
+
+
+@pytest.mark.plain
+def test_an_odd_width_cannot_turn_in_pairs() -> None:
+    layer = SelfAttention(embed_dim=6, num_heads=2, pattern=FixedPattern(4, 1))
+    angles = (torch.ones(1, 5, 3), torch.zeros(1, 5, 3))
+    with pytest.raises(ValueError, match=r"rotary needs an even width.*got head_dim=3"):
+        layer(torch.randn(1, 5, 6), rotary=angles)

@@ -105,6 +105,8 @@ def test_tensors(
     [
         ({"scale": math.nan}, ValueError, "scale must be finite, got scale=nan"),
         ({"scale": -math.inf}, ValueError, "scale must be finite, got scale=-inf"),
+        ({"scale": 10**400}, ValueError, "scale must be finite, got scale=1000"),
+        ({"backend": ["eager"]}, TypeError, r"backend must be a str, got backend=\['eager'\]"),
         ({"scale": True}, TypeError, "scale must be a float, got scale=True"),
         ({"scale": "0.5"}, TypeError, "got scale='0.5'"),
         ({"scale": torch.tensor(0.5)}, TypeError, r"got scale=tensor\(0\.5"),

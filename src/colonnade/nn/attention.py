@@ -111,7 +111,15 @@ def rotate(
     """Rotary position embedding, t · cos + rotate_half(t) · sin (Su et al. 2021, arXiv:2104.09864).
 
     The pairs that turn together are (i, i + head_dim/2), as in transformers' Llama.
+
+    Raises:
+        ValueError: head_dim is odd.
     """
+    if tensor.shape[-1] % 2 != 0:
+        raise ValueError(
+            "rotary needs an even width of queries and keys per head, "
+            f"got head_dim={tensor.shape[-1]}."
+        )
     cos, sin = (angle[:, None] for angle in rotary)
     first, second = tensor.chunk(2, -1)
     return tensor * cos + torch.cat([-second, first], -1) * sin

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from colonnade.plan import row_and_column
+from colonnade.plan import num_rows, row_and_column
 from colonnade.shapes import Hidden
 
 
@@ -23,7 +23,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.stride = stride
         self.token = nn.Embedding(vocab_size, embed_dim)
-        self.row = nn.Embedding(-(-max_positions // stride), embed_dim)
+        self.row = nn.Embedding(num_rows(max_positions, stride), embed_dim)
         self.column = nn.Embedding(stride, embed_dim)
 
     def positions(self, position_ids: Int[Tensor, "#batch seq_len"]) -> Hidden:

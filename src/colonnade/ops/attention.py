@@ -7,7 +7,7 @@ kernel.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+import sys
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from colonnade.ops import eager, reference
+from colonnade.ops.autocast import AUTOCAST_DTYPES, cast_as_autocast_would, without_autocast
 from colonnade.pattern import HasMask
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, *AUTOCAST_DTYPES)
 
 
 @runtime_checkable
@@ -79,14 +80,14 @@ def attention(
 
     Source: Child et al. 2019, arXiv:1904.10509, section 4.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = cast_as_autocast_would(query, key, value)
     _check_tensors(query, key, value)
     _check_options(pattern, scale, dropout_p)
     chosen = BACKENDS[_choose(query, key, value, pattern, backend)]
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     # Inside, float32 means float32: autocast would run the products in half precision after all.
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         out, lse = chosen.attend(query, key, value, pattern, float(scale))
     return (out, lse) if return_lse else out
 
@@ -119,7 +120,7 @@ def explain(query: Query, key: Key, value: Value, pattern: HasMask) -> Explanati
     Raises:
         TypeError, ValueError: As `attention` for the same inputs.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = cast_as_autocast_would(query, key, value)
     _check_tensors(query, key, value)
     _check_options(pattern, None, 0.0)
     chosen = _choose(query, key, value, pattern, "auto")
@@ -133,6 +134,8 @@ def explain(query: Query, key: Key, value: Value, pattern: HasMask) -> Explanati
 
 def _choose(query: Tensor, key: Tensor, value: Tensor, pattern: HasMask, backend: str) -> str:
     """The name of the backend that runs: the one asked for, or the first that takes the inputs."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a str, got backend={backend!r}.")
     if backend != "auto" and backend not in BACKENDS:
         names = ["auto", *sorted(BACKENDS)]
         raise ValueError(f"backend must be one of {names}, got backend={backend!r}.")
@@ -146,24 +149,6 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, pattern: HasMask, backend
         for name, candidate in BACKENDS.items()
         if candidate.declines(query, key, value, pattern) is None
     )
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the tensors in its type (float64 stays), as PyTorch's own attention does."""
-    if not all(isinstance(t, Tensor) for t in tensors):
-        return tensors
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype not in DTYPES[1:] else t.to(dtype) for t in tensors)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """No autocast inside; some devices, such as "meta", know none."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -223,7 +208,8 @@ def _check_options(pattern: object, scale: object, dropout_p: object) -> None:
             continue
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"{name} must be a float, got {name}={number!r}.")
-        if not math.isfinite(number):
+        # An int may be too large for a float to hold.
+        if not abs(number) <= sys.float_info.max:
             raise ValueError(f"{name} must be finite, got {name}={number!r}.")
     assert isinstance(dropout_p, int | float)
     if not 0 <= dropout_p <= 1:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colonnade.ops.autocast import without_autocast
 from colonnade.pattern import FixedPattern
 from colonnade.plan import Row, fixed_plan, table_rows
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -218,7 +219,7 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
     query, key, value, lse, gather, table, shift = ctx.saved_tensors
     plan = (gather, table, shift, ctx.own_from_slots)
     # The caller's autocast would run the float32 products in half precision.
-    with torch.autocast(grad_out.device.type, enabled=False):
+    with without_autocast(grad_out.device.type):
         grads = _backward(grad_out, grad_lse, query, key, value, lse, *plan, ctx.scale)
     return (*grads, None, None, None, None, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,35 @@ def windows(length: int, context: int, min_context: int) -> Iterator[Window]:
         end = min(scored + context - min_context, length)
         yield Window(end - context, end, scored)
         scored = end
+
+
+def compare(
+    model: PreTrainedModel,
+    corpus: Corpus,
+    data: Bytes,
+    min_context: int,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> dict[str, float]:
+    """Bits per byte of `data` by name: the model, tables of the corpus's training bytes, gzip, xz.
+
+    `progress` is called with the number of bytes that were scored since its last call.
+    """
+    count, bits = 0, 0.0
+    context = model.config.max_position_embeddings
+    for count_now, bits_now in model_bits(model, data, context, min_context, batch_size):
+        count, bits = count + count_now, bits + bits_now
+        progress(count_now)
+    assert count == len(data), "every byte is scored once"
+    tables = {
+        f"order-{order} table of the training bytes": table_bits(corpus, "train", data, order)
+        for order in range(3)
+    }
+    return {
+        f"model, min context {min_context}": bits / count,
+        **tables,
+        **compressor_bits(data),
+    }
 
 
 def model_bits(

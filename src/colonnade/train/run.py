@@ -20,8 +20,9 @@ from typing import Any
 import accelerate  # noqa: F401  # The Trainer's need, known here before a run has begun.
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM, byte_tokenizer
 from colonnade.pattern import check_count
@@ -164,8 +165,10 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
             raise ValueError(
                 f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it."
             )
-        for checkpoint in folder.glob("checkpoint-*"):
+        for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
             shutil.rmtree(checkpoint)
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
     probe = folder / f".{SETTINGS_FILE}.tmp"
     probe.write_text("")
     probe.unlink()
@@ -198,19 +201,28 @@ def train(
     return _run(model, corpus, settings, folder, resume_from=None)
 
 
-def last_checkpoint(folder: Path) -> str:
-    """The checkpoint that a run goes on from.
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a run goes on from: the last one that was written to its end.
 
     Raises:
         ValueError: There is none.
     """
-    checkpoint: str | None = get_last_checkpoint(str(folder))
-    if checkpoint is None:
+    complete = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
+    if not complete:
         raise ValueError(
             f"{folder} holds no checkpoint to resume from: the run ended before its first. "
             "Start it anew with --overwrite."
         )
-    return checkpoint
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer came to writing its own state, which it does last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def resume(folder: Path, say: Callable[[str], None] = print) -> Trainer:
@@ -251,7 +263,7 @@ def _run(
     corpus: Corpus,
     settings: RunSettings,
     folder: Path,
-    resume_from: str | None,
+    resume_from: Path | None,
 ) -> Trainer:
     context = model.config.max_position_embeddings
     trainer = _make_trainer(
@@ -263,7 +275,7 @@ def _run(
         save_steps=max(1, settings.steps // 5),
         eval_dataset=_validation_windows(corpus, context, settings.seed),
     )
-    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     trainer.evaluate()
     trainer.save_model(str(folder))
     byte_tokenizer().save_pretrained(folder)

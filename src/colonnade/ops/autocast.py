@@ -1,0 +1,30 @@
+"""Autocast around the operation: its type for the inputs, and none of it inside."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What autocast casts; it leaves float64 alone."""
+
+
+def cast_as_autocast_would(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast the tensors in its type, as for PyTorch's own attention; else as they are."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype in AUTOCAST_DTYPES else t for t in tensors)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which float32 means float32; some devices, such as "meta", know no autocast."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
