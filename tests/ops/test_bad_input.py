@@ -34,6 +34,16 @@ def _changed(**changes: Callable[[Tensor], object]) -> list[Any]:
     return list(tensors.values())
 
 
+class _Drawn:
+    """An object whose method `mask` gives whatever it was made with."""
+
+    def __init__(self, drawn: object) -> None:
+        self.drawn = drawn
+
+    def mask(self, seq_len: int, num_heads: int) -> object:
+        return self.drawn
+
+
 def _meta(tensor: Tensor) -> Tensor:
     return tensor.to("meta")
 
@@ -118,12 +128,20 @@ def test_tensors(
         ({"dropout_p": 0.1}, NotImplementedError, r"no dropout.*got dropout_p=0\.1"),
         ({"backend": "flash"}, ValueError, r"\['auto', 'eager', 'reference'\].*backend='flash'"),
         ({"backend": "Eager"}, ValueError, "got backend='Eager'"),
-        ({"backend": None}, ValueError, "got backend=None"),
+        ({"backend": None}, TypeError, "backend must be a str, got backend=None"),
         ({"pattern": None}, TypeError, "pattern must be a Pattern.*got a NoneType"),
         ({"pattern": "fixed"}, TypeError, r"mask\(seq_len, num_heads\), got a str"),
         ({"pattern": FIXED.factors()}, TypeError, "got a tuple"),
         ({"pattern": torch.ones(6, 6)}, TypeError, "got a Tensor"),
         ({"pattern": FIXED.mask}, TypeError, "got a method"),
+        ({"pattern": FixedPattern}, TypeError, "got the class FixedPattern"),
+        ({"pattern": _Drawn(torch.ones(2, 6, 6))}, ValueError, r"bool tensor.*torch\.float32"),
+        (
+            {"pattern": _Drawn(torch.ones(6, 6, dtype=torch.bool))},
+            ValueError,
+            r"= \(2, 6, 6\), got torch\.bool of shape \(6, 6\)",
+        ),
+        ({"pattern": _Drawn([True])}, ValueError, r"got \[True\]"),
     ],
 )
 def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:

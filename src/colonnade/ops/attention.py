@@ -198,10 +198,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_options(pattern: object, scale: object, dropout_p: object) -> None:
-    if not isinstance(pattern, HasMask):
+    if isinstance(pattern, type) or not isinstance(pattern, HasMask):
+        kind = type(pattern).__name__
+        found = f"the class {pattern.__name__}" if isinstance(pattern, type) else f"a {kind}"
         raise TypeError(
-            "pattern must be a Pattern or have a method mask(seq_len, num_heads), "
-            f"got a {type(pattern).__name__}."
+            f"pattern must be a Pattern or have a method mask(seq_len, num_heads), got {found}."
         )
     for name, number in (("scale", scale), ("dropout_p", dropout_p)):
         if number is None and name == "scale":

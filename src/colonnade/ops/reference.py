@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from colonnade.pattern import HasMask
-from colonnade.shapes import Key, LogSumExp, Output, Query, Value
+from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, Value
 
 
 def declines(query: Query, key: Key, value: Value, pattern: HasMask) -> str | None:
@@ -25,7 +26,8 @@ def attend(
     """softmax(scale · q kᵀ) v over the mask's last q_len rows, and the log of its denominator."""
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
-    mask = pattern.mask(kv_len, num_kv_heads)[:, None, kv_len - q_len :].to(query.device)
+    mask = _checked(pattern.mask(kv_len, num_kv_heads), (num_kv_heads, kv_len, kv_len))
+    mask = mask[:, None, kv_len - q_len :].to(query.device)
     grouped = query.unflatten(1, (num_kv_heads, -1)).to(compute)
     scores = grouped @ key[:, :, None].to(compute).mT * scale
     # A row that reads nothing has no softmax: it runs over zeros, and is set aside afterwards.
@@ -35,3 +37,16 @@ def attend(
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
     out = weights @ value[:, :, None].to(compute)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+
+
+def _checked(mask: Mask, shape: tuple[int, int, int]) -> Mask:
+    """A mask from any object, refused if it would broadcast or mean something else."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+        found = (
+            f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        )
+        raise ValueError(
+            "pattern.mask(seq_len, num_heads) must be a bool tensor [num_heads, seq_len, seq_len] "
+            f"= {shape}, got {found}."
+        )
+    return mask
