@@ -70,7 +70,7 @@ demo: $(STAMP)
 	$(BIN)/colonnade train --preset demo --minutes $(MINUTES) --out $(RUN) --overwrite
 	$(BIN)/colonnade eval $(RUN)
 	$(BIN)/colonnade sample $(RUN) --bytes 400
-	$(BIN)/colonnade show --stride 16 --summary 2 --length 96 --out $(RUN)/pattern.png
+	$(BIN)/colonnade show --stride 64 --summary 8 --length 512 --out $(RUN)/pattern.png
 
 # Run-time type checks would refuse bad input before our own errors could, and stand in a
 # compiler's way: the tests of both are marked plain and run without.
