@@ -187,7 +187,7 @@ def train(
     set_seed(settings.seed)
     model = SparseTransformerForCausalLM(config)
     say(f"{model.num_parameters():,} parameters; {len(corpus):,} bytes of {corpus.name}")
-    _compile_blocks(model, settings)
+    _prepare(model, settings)
     if settings.steps == 0:
         step_seconds = _seconds_per_step(model, corpus, settings, folder)
         left = settings.minutes * 60 - (time.monotonic() - started)
@@ -237,7 +237,7 @@ def resume(folder: Path, say: Callable[[str], None] = print) -> Trainer:
     say(f"resuming from {checkpoint}")
     set_seed(settings.seed)
     model = SparseTransformerForCausalLM(SparseTransformerConfig.from_pretrained(folder))
-    _compile_blocks(model, settings)
+    _prepare(model, settings)
     return _run(model, corpus, settings, folder, resume_from=checkpoint)
 
 
@@ -315,7 +315,6 @@ def _make_trainer(
             max_grad_norm=1.0,
             use_cpu=not torch.accelerator.is_available(),
             bf16=settings.bf16,
-            activation_checkpointing=settings.recompute,
             seed=settings.seed,
             save_total_limit=2,
             report_to="none",
@@ -331,8 +330,12 @@ def _make_trainer(
     )
 
 
-def _compile_blocks(model: SparseTransformerForCausalLM, settings: RunSettings) -> None:
-    """Compile block by block: one graph serves all layers, and the attention is one call in it."""
+def _prepare(model: SparseTransformerForCausalLM, settings: RunSettings) -> None:
+    """Recompute and compile block by block: one graph serves all layers, attention a call in it."""
+    if settings.recompute and hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    elif settings.recompute:
+        model.gradient_checkpointing_enable()  # Its name in earlier releases of transformers.
     if settings.compile:
         for layer in model.model.layers:
             layer.block.compile()
