@@ -76,6 +76,7 @@ def test_a_run_leaves_model_tokenizer_checkpoints_and_curve(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "checkpoint-20", "run.json"} <= names
     assert (run / "loss.png").read_bytes().startswith(PICTURES[".png"])
+    assert json.loads((run / "config.json").read_text())["use_cache"] is True
     first, last = losses(run, 20)[0], losses(run, 20)[-1]
     assert first == (1, pytest.approx(5.545, abs=1e-3))  # 8 bits
     assert last[1] < 4.5

@@ -277,6 +277,7 @@ def _run(
     )
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     trainer.evaluate()
+    model.config.use_cache = True  # The Trainer trains without, and would save that.
     trainer.save_model(str(folder))
     byte_tokenizer().save_pretrained(folder)
     return trainer
