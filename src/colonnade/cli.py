@@ -207,6 +207,7 @@ def _at_least_one(name: str, count: int) -> int:
 
 def _refuse_others(context: typer.Context, allowed: set[str]) -> None:
     """--resume takes every setting from the run; another one beside it would be ignored."""
+    # Every parameter of a running command has a source, whatever its type says.
     given = [
         parameter.opts[0]
         for parameter in context.command.params
@@ -376,6 +377,7 @@ def show(
     with _one_line_for_mistakes():
         from colonnade.pattern import FixedPattern
 
+        # Any string may be typed; the pattern is what refuses it.
         pattern = FixedPattern(stride, summary, subblocks, part, causal)  # type: ignore[arg-type]
         _at_least_one("length", length)
         _at_least_one("heads", heads)

@@ -93,7 +93,8 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
     config_class = SparseTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SparseTransformerLayer"]  # noqa: RUF012  # transformers' own form
+    # Plain lists and dicts are the form that transformers reads.
+    _no_split_modules = ["SparseTransformerLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": SparseTransformerLayer}  # noqa: RUF012

@@ -68,6 +68,7 @@ class Together(Optimizer):
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
 
+    # The base class has an overload for closures, which no part of a run uses.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of every part; a closure is not supported."""
