@@ -3,19 +3,63 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colonnade import FixedPattern, Pattern, attention
+from colonnade import (
+    FixedPattern,
+    FullPattern,
+    LocalPattern,
+    Pattern,
+    StridedPattern,
+    attention,
+)
 from colonnade.pattern import Part
 from tests import oracle
 
 Leaves = tuple[Tensor, Tensor, Tensor]
 PARTS: tuple[Part, ...] = ("merged", "local", "summary")
+
+EXAMPLES: dict[str, Pattern] = {
+    "merged": FixedPattern(4, 1),
+    "local": FixedPattern(4, 1, part="local"),
+    "summary": FixedPattern(4, 1, part="summary"),
+    "sub-blocks": FixedPattern(5, 2, subblocks=2),
+    "bidirectional": FixedPattern(4, 1, causal=False),
+    "bidirectional sub-blocks": FixedPattern(5, 2, subblocks=2, causal=False),
+    "bidirectional summary": FixedPattern(4, 1, part="summary", causal=False),
+    "strided": StridedPattern(4),
+    "strided local": StridedPattern(4, part="local"),
+    "strided summary": StridedPattern(4, part="summary"),
+    "window": LocalPattern(4),
+    "full": FullPattern(),
+    "full bidirectional": FullPattern(causal=False),
+}
+"""One of each kind, for tests that draw nothing."""
+each_pattern = pytest.mark.parametrize("pattern", EXAMPLES.values(), ids=EXAMPLES.keys())
+
+
+def set_of(pattern: Pattern, i: int, n: int, head: int = 0) -> set[int]:
+    """The oracle's set for position i of n; fields of a pattern are named as in the oracle."""
+    fields = asdict(pattern)  # type: ignore[call-overload]
+    if isinstance(pattern, FixedPattern):
+        return oracle.fixed_set(i, n, head=head, **fields)
+    sets = {
+        StridedPattern: oracle.strided_set,
+        LocalPattern: oracle.local_set,
+        FullPattern: oracle.full_set,
+    }
+    return sets[type(pattern)](i, n, **fields)
+
+
+def mask_of(pattern: Pattern, n: int, heads: int = 1) -> Tensor:
+    """The oracle's mask [heads, n, n]."""
+    return oracle.mask_of_sets(n, heads, lambda head, i: set_of(pattern, i, n, head))
 
 
 class Inputs(NamedTuple):
@@ -47,7 +91,7 @@ class Results(NamedTuple):
 class Case:
     """A pattern and the sizes of the tensors that it is tried on."""
 
-    pattern: FixedPattern = field(default_factory=lambda: FixedPattern(4, 1))
+    pattern: Pattern = field(default_factory=lambda: FixedPattern(4, 1))
     batch: int = 2
     kv_heads: int = 2
     group: int = 2
@@ -79,17 +123,7 @@ class Case:
 
     def mask(self) -> Tensor:
         """The oracle's mask [kv_heads, q_len, kv_len]: the last queries' rows."""
-        p = self.pattern
-        mask = oracle.fixed_mask(
-            self.kv_len,
-            self.kv_heads,
-            stride=p.stride,
-            summary=p.summary,
-            subblocks=p.subblocks,
-            part=p.part,
-            causal=p.causal,
-        )
-        return mask[:, self.kv_len - self.q_len :]
+        return mask_of(self.pattern, self.kv_len, self.kv_heads)[:, self.kv_len - self.q_len :]
 
 
 def fixed_patterns(
@@ -112,16 +146,32 @@ def fixed_patterns(
     return build()
 
 
+def patterns(max_stride: int = 8) -> st.SearchStrategy[Pattern]:
+    """Any pattern: fixed in both directions, strided, local, full."""
+    strides = st.integers(1, max_stride)
+    return st.one_of(
+        fixed_patterns(max_stride, causal=True),
+        fixed_patterns(max_stride, causal=False),
+        st.builds(StridedPattern, strides, st.sampled_from(PARTS)),
+        st.builds(LocalPattern, strides),
+        st.builds(FullPattern, st.booleans()),
+    )
+
+
 def cases(
-    max_len: int = 18, max_stride: int = 8, causal: bool | None = True
+    max_len: int = 18, pattern: st.SearchStrategy[Pattern] | None = None
 ) -> st.SearchStrategy[Case]:
-    """Cases of every kind: grouped heads, unlike widths, fewer queries than keys, any scale."""
+    """Cases of every kind: grouped heads, unlike widths, fewer queries than keys, any scale.
+
+    Of any pattern, unless a strategy is given.
+    """
+    pattern = patterns() if pattern is None else pattern
 
     @st.composite
     def build(draw: st.DrawFn) -> Case:
         kv_len = draw(st.integers(1, max_len))
         return Case(
-            pattern=draw(fixed_patterns(max_stride, causal)),
+            pattern=draw(pattern),
             batch=draw(st.integers(1, 2)),
             kv_heads=draw(st.integers(1, 3)),
             group=draw(st.integers(1, 2)),

@@ -6,6 +6,7 @@ The sets are written once more from Child et al. 2019 (arXiv:1904.10509), sectio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,14 +31,39 @@ def fixed_set(
     return {"merged": own | summaries, "local": own, "summary": summaries}[part]
 
 
-def fixed_mask(n: int, heads: int, **pattern: object) -> Tensor:
-    """[heads, n, n] from the sets, entry by entry."""
+def strided_set(i: int, n: int, stride: int, part: str = "merged") -> set[int]:
+    """The positions that position i of n reads; the paper's A1 has stride + 1 keys."""
+    local = set(range(max(0, i - stride), i + 1))
+    column = {i - stride * steps for steps in range(n)} & set(range(n))
+    return {"merged": local | column, "local": local, "summary": column}[part]
+
+
+def local_set(i: int, n: int, window: int) -> set[int]:
+    """The positions that position i of n reads."""
+    return {j for j in range(n) if i - window < j <= i}
+
+
+def full_set(i: int, n: int, causal: bool = True) -> set[int]:
+    """The positions that position i of n reads."""
+    return {j for j in range(n) if j <= i or not causal}
+
+
+def mask_of_sets(n: int, heads: int, read: Callable[[int, int], set[int]]) -> Tensor:
+    """[heads, n, n] from the sets read(head, i), row by row."""
     mask = torch.zeros(heads, n, n, dtype=torch.bool)
     for head in range(heads):
         for i in range(n):
-            for j in fixed_set(i, n, head=head, **pattern):  # type: ignore[arg-type]
-                mask[head, i, j] = True
+            mask[head, i, list(read(head, i))] = True
     return mask
+
+
+def fixed_mask(n: int, heads: int, **pattern: object) -> Tensor:
+    """[heads, n, n] of a fixed pattern."""
+    return mask_of_sets(
+        n,
+        heads,
+        lambda head, i: fixed_set(i, n, head=head, **pattern),  # type: ignore[arg-type]
+    )
 
 
 def loop_attention(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -13,15 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colonnade import FixedPattern, FullPattern, Pattern
+from colonnade import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 from colonnade.pattern import Part
-from tests import oracle
-from tests.cases import PARTS, Case, fixed_patterns
+from tests.cases import PARTS, mask_of, patterns, set_of
 
 
-def _check_against_the_definition(pattern: FixedPattern, seq_len: int, heads: int) -> None:
-    case = Case(pattern, kv_heads=heads, q_len=seq_len, kv_len=seq_len)
-    expected = case.mask()
+def _check_against_the_definition(pattern: Pattern, seq_len: int, heads: int) -> None:
+    expected = mask_of(pattern, seq_len, heads)
     mask = pattern.mask(seq_len, heads)
     assert mask.dtype == torch.bool
     assert torch.equal(mask, expected)
@@ -29,14 +29,14 @@ def _check_against_the_definition(pattern: FixedPattern, seq_len: int, heads: in
         assert pattern.num_pairs(seq_len, head) == int(expected[head].sum())
 
 
-@given(pattern=fixed_patterns(), seq_len=st.integers(0, 30), heads=st.integers(1, 4))
-def test_masks_and_counts(pattern: FixedPattern, seq_len: int, heads: int) -> None:
+@given(pattern=patterns(), seq_len=st.integers(0, 30), heads=st.integers(1, 4))
+def test_masks_and_counts(pattern: Pattern, seq_len: int, heads: int) -> None:
     _check_against_the_definition(pattern, seq_len, heads)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("part", PARTS)
-def test_every_small_pattern(part: Part, causal: bool) -> None:
+def test_every_small_fixed_pattern(part: Part, causal: bool) -> None:
     """Each stride up to 4, with each summary, number of sub-blocks, and length up to 9."""
     for stride, summary, subblocks in product(range(1, 5), repeat=3):
         if subblocks * summary <= stride:
@@ -45,22 +45,26 @@ def test_every_small_pattern(part: Part, causal: bool) -> None:
                 _check_against_the_definition(pattern, seq_len, subblocks)
 
 
-@given(pattern=fixed_patterns(), seq_len=st.integers(1, 30), head=st.integers(0, 4))
-def test_indices_are_the_sets(pattern: FixedPattern, seq_len: int, head: int) -> None:
+@pytest.mark.parametrize("make", [LocalPattern, *(partial(StridedPattern, part=p) for p in PARTS)])
+def test_every_small_window(make: Callable[[int], Pattern]) -> None:
+    """Each stride and each window up to 7, shorter than, as long as and longer than the length."""
+    for size, seq_len in product(range(1, 8), range(17)):
+        _check_against_the_definition(make(size), seq_len, 2)
+
+
+@given(pattern=patterns(), seq_len=st.integers(1, 30), head=st.integers(0, 4))
+def test_indices_are_the_sets(pattern: Pattern, seq_len: int, head: int) -> None:
     """A causal set is the same whatever comes later, so the length may be left out."""
-    p = pattern
     for i in range(seq_len):
-        expected = oracle.fixed_set(
-            i, seq_len, p.stride, p.summary, head, p.subblocks, p.part, p.causal
-        )
-        assert p.indices(i, head, seq_len) == sorted(expected)
-        if p.causal:
-            assert p.indices(i, head) == sorted(expected)
+        expected = sorted(set_of(pattern, i, seq_len, head))
+        assert pattern.indices(i, head, seq_len) == expected
+        if pattern.causal:
+            assert pattern.indices(i, head) == expected
 
 
-@given(pattern=fixed_patterns(), seq_len=st.integers(1, 30), head=st.integers(0, 4))
+@given(pattern=patterns(), seq_len=st.integers(1, 30), head=st.integers(0, 4))
 def test_density_is_the_share_of_what_full_attention_reads(
-    pattern: FixedPattern, seq_len: int, head: int
+    pattern: Pattern, seq_len: int, head: int
 ) -> None:
     every = FullPattern(pattern.causal).mask(seq_len).sum().item()
     assert pattern.density(seq_len, head) == pattern.mask(seq_len, head + 1)[head].sum() / every
@@ -74,6 +78,33 @@ def test_full_pattern(causal: bool) -> None:
     assert pattern.mask(4, 3).shape == (3, 4, 4)
     assert pattern.indices(2, seq_len=4) == ([0, 1, 2] if causal else [0, 1, 2, 3])
     assert pattern.density(5) == 1.0
+
+
+@given(seq_len=st.integers(0, 30), stride=st.integers(1, 40), causal=st.booleans())
+def test_full_is_fixed_at_any_stride(seq_len: int, stride: int, causal: bool) -> None:
+    """Blocks whose every column is a summary."""
+    full = FullPattern(causal)
+    fixed = full.as_fixed(stride)
+    assert fixed.stride == stride
+    assert torch.equal(fixed.mask(seq_len), mask_of(full, seq_len))
+    assert fixed.num_pairs(seq_len) == full.num_pairs(seq_len)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5, 16, 40])
+def test_strided_as_printed(stride: int) -> None:
+    """A1 has stride + 1 keys, and shares i - stride and i with A2; the union counts them once."""
+    merged = StridedPattern(stride)
+    local, summary = merged.factors()
+    for i in range(80):
+        assert local.indices(i) == list(range(max(0, i - stride), i + 1))
+        assert summary.indices(i) == [j for j in range(i + 1) if (i - j) % stride == 0]
+        last, column = (
+            set(range(max(0, i - stride + 1), i + 1)),
+            set(range(i - stride, -1, -stride)),
+        )
+        assert not last & column
+        assert merged.indices(i) == sorted(last | column)
+        assert LocalPattern(stride).indices(i) == sorted(last)
 
 
 def test_summaries_at_stride_128() -> None:
@@ -105,6 +136,14 @@ def test_published_counts(seq_len: int, pairs: int, density: float) -> None:
     for subblock in range(16):
         assert FixedPattern(128, 8, subblocks=16).num_pairs(seq_len, subblock) == pairs
     assert round(FixedPattern(128, 8).density(seq_len), 4) == density
+
+
+def test_count_of_the_strided_pattern() -> None:
+    """64 · 4,096 - 64 · 63 / 2 in windows, and 64 · (1 + … + 63) in columns."""
+    pattern = StridedPattern(64)
+    assert pattern.num_pairs(4_096) == 389_152
+    positions = torch.arange(4_096)
+    assert pattern.reads(positions[:, None], positions).sum() == 389_152
 
 
 def test_published_enwik8_run() -> None:
@@ -153,8 +192,10 @@ def test_best_stride_is_within_half_a_percent(seq_len: int, summary: int) -> Non
     assert best.num_pairs(seq_len) <= 1.005 * fewest
 
 
-def test_factors() -> None:
-    pattern = FixedPattern(6, 2, subblocks=3)
+@pytest.mark.parametrize(
+    "pattern", [FixedPattern(6, 2, 3), FixedPattern(6, 2, 3, causal=False), StridedPattern(6)]
+)
+def test_factors(pattern: FixedPattern | StridedPattern) -> None:
     local, summary = pattern.factors()
     assert (local, summary) == (replace(pattern, part="local"), replace(pattern, part="summary"))
     assert torch.equal(local.mask(20, 3) | summary.mask(20, 3), pattern.mask(20, 3))
@@ -163,14 +204,22 @@ def test_factors() -> None:
             factor.factors()
 
 
-@pytest.mark.parametrize("pattern", [FixedPattern(6, 2, 3, "summary", False), FullPattern(False)])
-def test_patterns_are_values(pattern: Pattern) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "another"),
+    [
+        (FixedPattern(6, 2, 3, "summary", False), FixedPattern(6, 2, 3, "summary", True)),
+        (StridedPattern(6, "local"), StridedPattern(6, "summary")),
+        (LocalPattern(6), LocalPattern(7)),
+        (FullPattern(False), FullPattern(True)),
+    ],
+)
+def test_patterns_are_values(pattern: Pattern, another: Pattern) -> None:
     """Frozen, equal by content, hashable, picklable: fit to be the key of a cache."""
     same = pickle.loads(pickle.dumps(pattern))
     assert same == pattern
     assert copy.deepcopy(pattern) == pattern
-    assert len({pattern, same}) == 1
-    assert pattern != replace(pattern, causal=True)  # type: ignore[type-var]
+    assert pattern != another
+    assert len({pattern, same, another}) == 2
     with pytest.raises(FrozenInstanceError):
         pattern.causal = True
     assert repr(pattern).startswith(type(pattern).__name__)
@@ -205,3 +254,22 @@ def test_the_order_of_interleaved_layers_matters(seq_len: int) -> None:
     assert torch.equal(_reach(local, summary), every)
     assert not torch.equal(_reach(summary, local), every)
     assert not _reach(summary, local)[4, 0]
+
+
+@given(stride=st.integers(1, 8), seq_len=st.integers(1, 30))
+def test_two_strided_layers_connect_everything(stride: int, seq_len: int) -> None:
+    """Merged twice, and the factors in either order: no position is out of the column's way."""
+    every = torch.ones(seq_len, seq_len, dtype=torch.bool).tril()
+    merged = StridedPattern(stride)
+    local, summary = (factor.mask(seq_len)[0] for factor in merged.factors())
+    for layers in ((local, summary), (summary, local), (merged.mask(seq_len)[0],) * 2):
+        assert torch.equal(_reach(*layers), every)
+
+
+@given(window=st.integers(1, 8), layers=st.integers(1, 4), seq_len=st.integers(1, 30))
+def test_local_layers_reach_no_farther_than_their_windows(
+    window: int, layers: int, seq_len: int
+) -> None:
+    local = LocalPattern(window).mask(seq_len)[0]
+    wide = LocalPattern(1 + layers * (window - 1)).mask(seq_len)[0]
+    assert torch.equal(_reach(*[local] * layers), wide)

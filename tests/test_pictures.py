@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from colonnade import FixedPattern, FullPattern, Pattern
+from colonnade import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 
 PICTURES = {
     "merged": (
@@ -131,6 +131,63 @@ PICTURES = {
         ..#..#.
         ..#..#.
         ..#..#.
+        """,
+    ),
+    "strided": (
+        StridedPattern(4),
+        0,
+        """
+        #...........
+        ##..........
+        ###.........
+        ####........
+        #####.......
+        .#####......
+        ..#####.....
+        ...#####....
+        #...#####...
+        .#...#####..
+        ..#...#####.
+        ...#...#####
+        """,
+    ),
+    "strided local": (
+        StridedPattern(3, part="local"),
+        0,
+        """
+        #......
+        ##.....
+        ###....
+        ####...
+        .####..
+        ..####.
+        ...####
+        """,
+    ),
+    "strided summary": (
+        StridedPattern(3, part="summary"),
+        0,
+        """
+        #......
+        .#.....
+        ..#....
+        #..#...
+        .#..#..
+        ..#..#.
+        #..#..#
+        """,
+    ),
+    "window": (
+        LocalPattern(3),
+        0,
+        """
+        #......
+        ##.....
+        ###....
+        .###...
+        ..###..
+        ...###.
+        ....###
         """,
     ),
     "full": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,92 +11,225 @@ from hypothesis import strategies as st
 
 from colonnade import FixedPattern
 from colonnade.pattern import Part
-from colonnade.plan import Plan, fixed_plan, row_and_column, table_rows
-from tests.cases import Case, cases
+from colonnade.plan import Plan, fixed_plan, head_groups, packed_plan, row_and_column, table_rows
+from tests.cases import PARTS, Case, cases, fixed_patterns, set_of
+
+Reads = list[list[int]]
 
 
-def _plan(case: Case) -> Plan:
-    return fixed_plan(case.pattern, case.q_len, case.kv_len, case.kv_heads)
+def _stride(case: Case) -> int:
+    assert isinstance(case.pattern, FixedPattern)
+    return case.pattern.stride
 
 
-def _keys_read(plan: Plan, head: int) -> list[list[int]]:
-    """For each query the key positions that it reads, as often as it reads them.
+def _plans(case: Case) -> list[tuple[range, Plan]]:
+    """Each group of key heads with its plan."""
+    pattern = case.pattern
+    assert isinstance(pattern, FixedPattern)
+    return [
+        (heads, fixed_plan(pattern, case.q_len, case.kv_len, heads))
+        for heads in head_groups(pattern, case.kv_heads)
+    ]
 
-    The rule at the top of plan.py, written once more, column by column of the bare table.
+
+def _keys_read(plan: Plan, index: int, q_len: int) -> Reads:
+    """For each query the key positions that it reads in ascending order, as often as it reads them.
+
+    The rule at the top of plan.py, written once more, column by column of the bare table, for the
+    plan's head number `index`.
     """
-    gathered = plan.gather[head].tolist()
-    read = []
+    gathered = plan.gather[index].tolist()
+    read: dict[int, list[int]] = {}
     for q_begin, q_end, own_begin, own_end, lead, slot_begin, slot_end in plan.table.tolist():
         for r in range(q_end - q_begin):
-            own_end_of_r = own_begin + r + 1 + lead - int(plan.shift[head])
+            own_end_of_r = own_begin + r + 1 + lead - int(plan.shift[index])
             own = list(range(own_begin, min(own_end_of_r, own_end)))
             slots = [gathered[slot] for slot in range(slot_begin, slot_end)]
-            read.append(slots + ([gathered[slot] for slot in own] if plan.own_from_slots else own))
-    return read
+            own = [gathered[slot] for slot in own] if plan.own_from_slots else own
+            assert q_begin + r not in read, "a query has one row"
+            read[q_begin + r] = sorted(slots + own)
+    assert sorted(read) == list(range(q_len))
+    return [read[q] for q in range(q_len)]
 
 
-@given(case=cases(max_len=40, max_stride=10))
+def _sets(pattern: FixedPattern, lengths: Sequence[int], head: int) -> Reads:
+    """What the definition has each query of documents read that lie one after the other."""
+    sets, begin = [], 0
+    for length in lengths:
+        sets += [sorted(begin + j for j in set_of(pattern, i, length, head)) for i in range(length)]
+        begin += length
+    return sets
+
+
+@given(pattern=fixed_patterns(), num_kv_heads=st.integers(1, 12))
+def test_every_head_is_in_one_group_with_its_like(pattern: FixedPattern, num_kv_heads: int) -> None:
+    """A causal plan serves all heads; a bidirectional one, those with equal columns."""
+    groups = head_groups(pattern, num_kv_heads)
+    assert sorted(head for heads in groups for head in heads) == list(range(num_kv_heads))
+    if pattern.causal:
+        assert len(groups) == 1
+    else:
+        columns = [{pattern.summary_columns(head) for head in heads} for heads in groups]
+        assert all(len(of_group) == 1 for of_group in columns)
+        assert len(set.union(*columns)) == len(groups)
+
+
+@given(case=cases(40, fixed_patterns(10)))
 def test_each_query_reads_its_set_and_no_key_twice(case: Case) -> None:
-    plan = _plan(case)
     expected = case.mask()
-    for head in range(case.kv_heads):
-        read = _keys_read(plan, head)
-        assert [sorted(keys) for keys in read] == [
-            row.nonzero().flatten().tolist() for row in expected[head]
-        ]
+    for heads, plan in _plans(case):
+        assert plan.gather.shape[0] == plan.shift.shape[0] == len(heads)
+        for index, head in enumerate(heads):
+            assert _keys_read(plan, index, case.q_len) == [
+                row.nonzero().flatten().tolist() for row in expected[head]
+            ]
 
 
-@given(case=cases(max_len=40, max_stride=10))
+@given(case=cases(40, fixed_patterns(10)))
 def test_the_drawn_plan_is_the_pattern(case: Case) -> None:
-    mask = case.pattern.mask(case.kv_len, case.kv_heads)
-    assert torch.equal(_plan(case).mask(case.kv_len), mask[:, case.kv_len - case.q_len :])
+    mask = case.pattern.mask(case.kv_len, case.kv_heads)[:, case.kv_len - case.q_len :]
+    for heads, plan in _plans(case):
+        assert torch.equal(plan.mask(case.kv_len), mask[list(heads)])
 
 
-@given(case=cases(max_len=40, max_stride=10))
+@given(case=cases(40, fixed_patterns(10)))
 def test_rows_are_runs_of_queries_inside_one_block(case: Case) -> None:
     """In order, without a gap; only the first row may start in mid-block."""
-    rows = table_rows(_plan(case).table)
+    stride = _stride(case)
     offset = case.kv_len - case.q_len
-    assert [row.q_begin for row in rows] == [0, *(row.q_end for row in rows[:-1])]
-    assert rows[-1].q_end == case.q_len
-    for row in rows:
-        first, last = row.q_begin + offset, row.q_end - 1 + offset
-        assert first // case.pattern.stride == last // case.pattern.stride
-        assert row.lead == first % case.pattern.stride
-    assert all(row.lead == 0 for row in rows[1:])
+    for _, plan in _plans(case):
+        rows = table_rows(plan.table)
+        assert [row.q_begin for row in rows] == [0, *(row.q_end for row in rows[:-1])]
+        assert rows[-1].q_end == case.q_len
+        for row in rows:
+            first, last = row.q_begin + offset, row.q_end - 1 + offset
+            assert first // stride == last // stride
+            if case.pattern.causal:
+                assert row.lead == first % stride
+            else:
+                assert row.lead >= row.own_end - row.own_begin
+        assert all((row.q_begin + offset) % stride == 0 for row in rows[1:])
 
 
-@given(case=cases(max_len=40, max_stride=10))
+def _check_bounds(plan: Plan, kv_len: int) -> None:
+    """Every piece lies where there is something to read."""
+    slots = plan.gather.shape[1]
+    own_keys = slots if plan.own_from_slots else kv_len
+    for row in table_rows(plan.table):
+        assert 0 <= row.slot_begin <= row.slot_end <= slots
+        assert 0 <= row.own_begin <= row.own_end <= own_keys
+    assert all(0 <= position < kv_len for position in plan.gather.flatten().tolist())
+
+
+@given(case=cases(40, fixed_patterns(10)))
+def test_pieces_lie_within_the_sequence(case: Case) -> None:
+    for _, plan in _plans(case):
+        _check_bounds(plan, case.kv_len)
+
+
+@given(case=cases(40, fixed_patterns(10, causal=True)))
 def test_no_slot_is_gathered_for_nobody(case: Case) -> None:
     """Every block but the last has its columns gathered once; the last only where A2 is alone."""
-    plan = _plan(case)
+    pattern = case.pattern
+    assert isinstance(pattern, FixedPattern)
+    ((_, plan),) = _plans(case)
     rows = table_rows(plan.table)
-    blocks = -(-case.kv_len // case.pattern.stride)
-    gathered = {"merged": blocks - 1, "local": 0, "summary": blocks}[case.pattern.part]
-    assert plan.gather.shape == (case.kv_heads, gathered * case.pattern.summary)
+    blocks = -(-case.kv_len // pattern.stride)
+    gathered = {"merged": blocks - 1, "local": 0, "summary": blocks}[pattern.part]
+    assert plan.gather.shape == (case.kv_heads, gathered * pattern.summary)
     last_read = rows[-1].own_end if plan.own_from_slots else rows[-1].slot_end
     assert last_read == plan.gather.shape[1]
-    own_keys = plan.gather.shape[1] if plan.own_from_slots else case.kv_len
-    assert all(0 <= row.own_begin <= row.own_end <= own_keys for row in rows)
-    assert all(0 <= position < case.kv_len for position in plan.gather.flatten().tolist())
 
 
-@pytest.mark.parametrize("part", ["merged", "local", "summary"])
+@given(case=cases(40, fixed_patterns(10, causal=False)))
+def test_a_bidirectional_gather_holds_no_position_twice(case: Case) -> None:
+    """It is the sequence in another order, the summaries first; without summaries, nothing."""
+    for heads, plan in _plans(case):
+        everything = [] if case.pattern.part == "local" else list(range(case.kv_len))
+        assert plan.gather.sort(-1).values.tolist() == [everything] * len(heads)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("kv_len", [0, 1, 9])
-def test_without_queries_there_are_no_rows(part: Part, kv_len: int) -> None:
-    pattern = FixedPattern(4, 1, part=part)
-    plan = fixed_plan(pattern, 0, kv_len, 2)
+def test_without_queries_there_are_no_rows(part: Part, causal: bool, kv_len: int) -> None:
+    plan = fixed_plan(FixedPattern(4, 1, part=part, causal=causal), 0, kv_len, range(2))
     assert plan.table.shape == (0, 7)
-    assert plan.gather.shape == (2, 0)
     assert plan.mask(kv_len).shape == (2, 0, kv_len)
+    if causal:
+        assert plan.gather.shape == (2, 0)
 
 
 def test_a_plan_at_full_length() -> None:
     """The paper's size: one row a block, and the c·n/l slots but the last block's."""
-    plan = fixed_plan(FixedPattern(128, 8), 65_536, 65_536, 1)
+    plan = fixed_plan(FixedPattern(128, 8), 65_536, 65_536, range(1))
     assert plan.table.shape == (512, 7)
     assert plan.gather.shape == (1, 511 * 8)
     assert plan.gather[0, :9].tolist() == [*range(120, 128), 248]
+
+
+def _check_documents(pattern: FixedPattern, lengths: Sequence[int], num_kv_heads: int) -> None:
+    total = sum(lengths)
+    for heads in head_groups(pattern, num_kv_heads):
+        plan = packed_plan(pattern, lengths, heads)
+        _check_bounds(plan, total)
+        for index, head in enumerate(heads):
+            assert _keys_read(plan, index, total) == _sets(pattern, lengths, head)
+
+
+@given(
+    pattern=fixed_patterns(),
+    lengths=st.lists(st.integers(0, 20), max_size=6),
+    num_kv_heads=st.integers(1, 4),
+)
+def test_each_query_reads_its_set_of_its_document(
+    pattern: FixedPattern, lengths: list[int], num_kv_heads: int
+) -> None:
+    """Blocks restart at every document, nothing crosses a boundary, and no key is read twice."""
+    _check_documents(pattern, lengths, num_kv_heads)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "lengths",
+    [[], [0], [0, 0, 0], [1] * 60 + [250] + [1, 0, 2] * 20, [0, 0, 7, 0], [8] * 9],
+    ids=["none", "empty", "all empty", "tiny and huge", "empty around", "whole blocks"],
+)
+def test_unlike_documents(lengths: list[int], part: Part, causal: bool) -> None:
+    _check_documents(FixedPattern(8, 2, 3, part, causal), lengths, 4)
+
+
+@given(
+    pattern=fixed_patterns(causal=True),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    num_kv_heads=st.integers(1, 3),
+)
+def test_documents_gather_no_slot_for_nobody(
+    pattern: FixedPattern, lengths: list[int], num_kv_heads: int
+) -> None:
+    """As for one sequence: the last block of each document counts under part "summary" alone."""
+    plan = packed_plan(pattern, lengths, range(num_kv_heads))
+    gathered = 0
+    for length in filter(None, lengths):
+        blocks = -(-length // pattern.stride)
+        gathered += {"merged": blocks - 1, "local": 0, "summary": blocks}[pattern.part]
+    assert plan.gather.shape == (num_kv_heads, gathered * pattern.summary)
+
+
+@given(pattern=fixed_patterns(), length=st.integers(1, 40), num_kv_heads=st.integers(1, 4))
+def test_one_document_is_one_sequence(
+    pattern: FixedPattern, length: int, num_kv_heads: int
+) -> None:
+    for heads in head_groups(pattern, num_kv_heads):
+        packed, alone = (
+            packed_plan(pattern, [length], heads),
+            fixed_plan(pattern, length, length, heads),
+        )
+        assert torch.equal(packed.table, alone.table)
+        assert torch.equal(packed.gather, alone.gather)
+        assert torch.equal(packed.shift, alone.shift)
+        assert packed.own_from_slots == alone.own_from_slots
 
 
 @given(

@@ -1,8 +1,8 @@
 """Colonnade: fixed factorized attention (Child et al. 2019) for PyTorch."""
 
 from colonnade import nn
-from colonnade.ops import Explanation, attention, backends, explain
-from colonnade.pattern import FixedPattern, FullPattern, Pattern
+from colonnade.ops import Explanation, attention, attention_varlen, backends, explain
+from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 
 __version__ = "0.1.0"
 
@@ -10,8 +10,11 @@ __all__ = [
     "Explanation",
     "FixedPattern",
     "FullPattern",
+    "LocalPattern",
     "Pattern",
+    "StridedPattern",
     "attention",
+    "attention_varlen",
     "backends",
     "explain",
     "nn",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -134,8 +134,7 @@ class FixedPattern(Pattern):
                 "subblocks · summary must be at most stride, got "
                 f"subblocks={self.subblocks}, summary={self.summary} and stride={self.stride}."
             )
-        if self.part not in get_args(Part):
-            raise ValueError(f"part must be one of {get_args(Part)}, got part={self.part!r}.")
+        _check_part(self.part)
         check_flag("causal", self.causal)
 
     def summary_columns(self, head: int = 0) -> range:
@@ -201,9 +200,7 @@ class FixedPattern(Pattern):
         Raises:
             ValueError: This pattern is itself a factor.
         """
-        if self.part != "merged":
-            raise ValueError(f"only part='merged' has factors, got part={self.part!r}.")
-        return replace(self, part="local"), replace(self, part="summary")
+        return _factors(self)
 
     @staticmethod
     def best_stride(seq_len: int, summary: int) -> int:
@@ -221,6 +218,96 @@ class FixedPattern(Pattern):
                 f"summary must be at most seq_len, got summary={summary} and seq_len={seq_len}."
             )
         return min(max(round(math.sqrt(summary * seq_len)), summary), seq_len)
+
+
+@dataclass(frozen=True)
+class StridedPattern(Pattern):
+    """Strided factorized attention: the last positions, and every `stride`-th one before.
+
+    With l = `stride`,
+
+        A1_i = {max(0, i - l), …, i}            part="local": l + 1 keys, as printed in the paper
+        A2_i = {j <= i : (i - j) mod l = 0}     part="summary"
+        S_i  = A1_i ∪ A2_i                      part="merged"
+
+    The union is the disjoint {i-l+1, …, i} and {i-l, i-2l, …}. It suits data whose rows have a
+    natural length, such as images; the paper has `FixedPattern` for text.
+
+    Args:
+        stride: Length l of a row, in tokens.
+        part: "merged", or one of the two factors: "local" (A1) or "summary" (A2).
+
+    Raises:
+        TypeError: `stride` is not an integer.
+        ValueError: `stride` or `part` lies outside its range.
+    """
+
+    stride: int
+    part: Part = "merged"
+
+    causal = True
+
+    def __post_init__(self) -> None:
+        check_count("stride", self.stride, minimum=1)
+        _check_part(self.part)
+
+    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
+        """Whether position `query` reads position `key`, for every pair that they broadcast to."""
+        distance = query - key
+        local, column = distance <= self.stride, distance % self.stride == 0
+        read = {"merged": local | column, "local": local, "summary": column}[self.part]
+        return read & (distance >= 0)
+
+    def num_pairs(self, seq_len: int, head: int = 0) -> int:
+        """The number of pairs (i, j) with j in S_i, over a sequence of `seq_len`; closed form."""
+        check_count("seq_len", seq_len, minimum=0)
+        check_count("head", head, minimum=0)
+        rows, rest = divmod(seq_len, self.stride)
+        above = self.stride * rows * (rows - 1) // 2 + rest * rows
+        return {
+            "merged": _window_pairs(seq_len, self.stride) + above,
+            "local": _window_pairs(seq_len, self.stride + 1),
+            "summary": seq_len + above,
+        }[self.part]
+
+    def factors(self) -> tuple[StridedPattern, StridedPattern]:
+        """(A1, A2): the two factors whose union the merged pattern reads.
+
+        Raises:
+            ValueError: This pattern is itself a factor.
+        """
+        return _factors(self)
+
+
+@dataclass(frozen=True)
+class LocalPattern(Pattern):
+    """Attention within a window of `window` keys, S_i = {j : i - window < j <= i}.
+
+    Args:
+        window: How many of the last positions are read, the reading one included.
+
+    Raises:
+        TypeError: `window` is not an integer.
+        ValueError: `window` is below 1.
+    """
+
+    window: int
+
+    causal = True
+
+    def __post_init__(self) -> None:
+        check_count("window", self.window, minimum=1)
+
+    def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
+        """Whether position `query` reads position `key`, for every pair that they broadcast to."""
+        distance = query - key
+        return (distance >= 0) & (distance < self.window)
+
+    def num_pairs(self, seq_len: int, head: int = 0) -> int:
+        """m(m+1)/2 + (n-m)·window pairs, m = min(n, window), for a sequence of n = `seq_len`."""
+        check_count("seq_len", seq_len, minimum=0)
+        check_count("head", head, minimum=0)
+        return _window_pairs(seq_len, self.window)
 
 
 @dataclass(frozen=True)
@@ -243,6 +330,10 @@ class FullPattern(Pattern):
         check_count("head", head, minimum=0)
         return seq_len * (seq_len + 1) // 2 if self.causal else seq_len * seq_len
 
+    def as_fixed(self, stride: int) -> FixedPattern:
+        """The same sets as a fixed pattern: blocks of any `stride` whose every column is read."""
+        return FixedPattern(stride, stride, causal=self.causal)
+
 
 def check_count(name: str, value: int, minimum: int | None = None) -> None:
     """Refuse anything but an integer of at least `minimum`; a bool is no count."""
@@ -256,3 +347,23 @@ def check_flag(name: str, value: bool) -> None:
     """Refuse anything but a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {name}={value!r}.")
+
+
+def _check_part(part: str) -> None:
+    if part not in get_args(Part):
+        raise ValueError(f"part must be one of {get_args(Part)}, got part={part!r}.")
+
+
+_Factorized = TypeVar("_Factorized", FixedPattern, StridedPattern)
+
+
+def _factors(pattern: _Factorized) -> tuple[_Factorized, _Factorized]:
+    if pattern.part != "merged":
+        raise ValueError(f"only part='merged' has factors, got part={pattern.part!r}.")
+    return replace(pattern, part="local"), replace(pattern, part="summary")
+
+
+def _window_pairs(seq_len: int, window: int) -> int:
+    """Pairs (i, j) with i - window < j <= i."""
+    growing = min(seq_len, window)
+    return growing * (growing + 1) // 2 + (seq_len - growing) * window

@@ -14,13 +14,17 @@ patterns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Gather, Mask, Positions, Shift, Table
+
+Length = TypeVar("Length", int, Tensor)
 
 
 class Row(NamedTuple):
@@ -31,7 +35,8 @@ class Row(NamedTuple):
     own_begin: int
     own_end: int
     lead: int
-    """Offset of the first query in its block; above 0 only when the queries start mid-block."""
+    """Offset of the first query in its block; above 0 when the queries start mid-block. In a
+    bidirectional plan the stride, so that every query sees all own keys."""
     slot_begin: int
     slot_end: int
 
@@ -41,11 +46,10 @@ class Plan:
     """What a kernel needs to know.
 
     Attributes:
-        gather: For each key head, the key position that fills each slot; on the keys' device.
-        table: One `Row` a line, on the CPU.
+        gather: For each key head, the key position that fills each slot.
+        table: One `Row` a line.
         shift: For each key head, how many queries of a block come before its first own key.
-        own_from_slots: Whether own_begin … own_end count slots, not keys: under part "summary"
-            the own keys of a block are its summary columns.
+        own_from_slots: Whether own_begin … own_end count slots, not keys.
     """
 
     gather: Gather
@@ -76,57 +80,177 @@ def table_rows(table: Table) -> list[Row]:
     return [Row(*line) for line in table.tolist()]
 
 
+def head_groups(pattern: FixedPattern, num_kv_heads: int) -> list[range]:
+    """The key heads that one plan serves: all, or bidirectionally those of one sub-block.
+
+    A short last block holds different numbers of summaries for different sub-blocks. Where the
+    block is read in both directions, that shows in the number of slots, and a table has one.
+    """
+    if pattern.causal:
+        return [range(num_kv_heads)]
+    different = min(pattern.subblocks, num_kv_heads)
+    return [range(first, num_kv_heads, pattern.subblocks) for first in range(different)]
+
+
 def fixed_plan(
     pattern: FixedPattern,
     q_len: int,
     kv_len: int,
-    num_kv_heads: int,
-    device: torch.device | str = "cpu",
+    heads: Sequence[int],
 ) -> Plan:
-    """The plan of a causal `FixedPattern` for the last `q_len` of `kv_len` positions.
+    """The plan of a `FixedPattern` for the last `q_len` of `kv_len` positions.
 
-    Rows are the blocks that hold a query; the first row may start mid-block. Slots are the
-    summaries of every block that some query reads from outside; under part "summary" those of
-    the last block too. Columns that a short last block lacks are clamped to the last key, and
-    no query sees them.
+    Rows are the blocks that hold a query; the first row may start mid-block. `heads` is one of
+    `head_groups`.
     """
-    assert pattern.causal, "bidirectional patterns have no plan"
-    stride = pattern.stride
+    num_blocks = num_rows(kv_len, pattern.stride)
     skipped = kv_len - q_len
-    num_blocks = num_rows(kv_len, stride)
-    blocks = torch.arange(skipped // stride if q_len > 0 else num_blocks, num_blocks)
-    block_begin = blocks * stride
-    block_end = (block_begin + stride).clamp(max=kv_len)
-    first_query = block_begin.clamp(min=skipped)
-    slots_before = blocks * (0 if pattern.part == "local" else pattern.summary)
-    own_from_slots = pattern.part == "summary"
+    first = skipped // pattern.stride if q_len > 0 else num_blocks
+    in_reach = num_blocks if q_len > 0 else 0
+    everything = torch.zeros((), dtype=torch.long), torch.tensor(kv_len)
+    rows = _Blocks(torch.arange(first, num_blocks), *everything)
+    if not pattern.causal:
+        return _bidirectional_plan(pattern, rows, skipped, torch.arange(kv_len), heads)
+    gathered = {"merged": max(in_reach - 1, 0), "local": 0, "summary": in_reach}[pattern.part]
+    return _causal_plan(
+        pattern, rows, skipped, _Blocks(torch.arange(gathered), *everything), 0, heads
+    )
+
+
+def packed_plan(
+    pattern: FixedPattern,
+    lengths: Sequence[int],
+    heads: Sequence[int],
+) -> Plan:
+    """The plan of documents that lie one after the other; blocks restart at every document.
+
+    A document's rows point at its own slots. Nothing is padded, and empty documents have no rows.
+    """
+    length = torch.tensor(lengths, dtype=torch.long)
+    end = length.cumsum(0)
+    num_blocks = num_rows(length, pattern.stride)
+    document = torch.arange(len(lengths)).repeat_interleave(num_blocks)
+    index = torch.arange(len(document)) - _sums_before(num_blocks)[document]
+    rows = _Blocks(index, (end - length)[document], end[document])
+    if not pattern.causal:
+        in_document = torch.arange(sum(lengths)) - (end - length).repeat_interleave(length)
+        return _bidirectional_plan(pattern, rows, 0, in_document, heads)
+    last = index == num_blocks[document] - 1
+    kept = {"merged": ~last, "local": last & ~last, "summary": last | ~last}[pattern.part]
+    gathered = _Blocks(*(part[kept] for part in rows))
+    slots_before = _sums_before(kept) - index * (pattern.part != "local")
+    return _causal_plan(pattern, rows, 0, gathered, slots_before * pattern.summary, heads)
+
+
+def own_from_slots(pattern: FixedPattern) -> bool:
+    """Whether the own keys of a plan are gathered too.
+
+    Under part "summary" the own keys of a block are its summary columns. In a bidirectional plan
+    they are the columns of the block that are no summaries, gathered after all summaries.
+    """
+    return pattern.part == "summary" or (not pattern.causal and pattern.part == "merged")
+
+
+class _Blocks(NamedTuple):
+    """Blocks of sequences that lie one after the other in memory."""
+
+    number: Tensor
+    """Of the block in its sequence."""
+    sequence_begin: Tensor
+    sequence_end: Tensor
+
+    def begin(self, stride: int) -> Tensor:
+        """The first position of each block."""
+        return self.sequence_begin + self.number * stride
+
+    def end(self, stride: int) -> Tensor:
+        """The position after the last of each block; the last block of a sequence may be short."""
+        return torch.minimum(self.begin(stride) + stride, self.sequence_end)
+
+
+def _causal_plan(
+    pattern: FixedPattern,
+    rows: _Blocks,
+    skipped: int,
+    gathered: _Blocks,
+    first_slot: Tensor | int,
+    heads: Sequence[int],
+) -> Plan:
+    """Slots are the summaries of every block that some query reads from outside.
+
+    Under part "summary" those of the last block too. Columns that a short last block lacks are
+    clamped to the sequence's last key, and no query sees them.
+    """
+    stride = pattern.stride
+    columns = [pattern.summary_columns(head) for head in heads]
+    by_slot = pattern.part == "summary"
+    begin, end = rows.begin(stride), rows.end(stride)
+    first_query = begin.clamp(min=skipped)
+    slot_begin = torch.zeros_like(begin) + first_slot
+    slot_end = slot_begin + rows.number * (0 if pattern.part == "local" else pattern.summary)
     table = torch.stack(
         [
             first_query - skipped,
-            block_end - skipped,
-            slots_before if own_from_slots else block_begin,
-            slots_before + pattern.summary if own_from_slots else block_end,
-            first_query - block_begin,
-            torch.zeros_like(blocks),
-            slots_before,
+            end - skipped,
+            slot_end if by_slot else begin,
+            slot_end + pattern.summary if by_slot else end,
+            first_query - begin,
+            slot_begin,
+            slot_end,
         ],
         dim=1,
     )
-    in_reach = num_blocks if q_len > 0 else 0
-    gathered_blocks = {"merged": max(in_reach - 1, 0), "local": 0, "summary": in_reach}
-    begins = torch.arange(gathered_blocks[pattern.part], device=device)[:, None] * stride
-    columns = [pattern.summary_columns(head) for head in range(num_kv_heads)]
-    gather = torch.stack(
-        [
-            (begins + torch.arange(c.start, c.stop, device=device)).flatten().clamp(max=kv_len - 1)
-            for c in columns
-        ]
+    of_block = torch.stack([torch.arange(c.start, c.stop) for c in columns])
+    gather = gathered.begin(stride)[:, None] + of_block[:, None]
+    gather = torch.minimum(gather, gathered.sequence_end[..., None] - 1).flatten(1)
+    shift = torch.tensor([c.start if by_slot else 0 for c in columns])
+    return Plan(gather, table, shift, by_slot)
+
+
+def _bidirectional_plan(
+    pattern: FixedPattern,
+    rows: _Blocks,
+    skipped: int,
+    in_sequence: Positions,
+    heads: Sequence[int],
+) -> Plan:
+    """The gather reorders all keys: first every summary, then every other column.
+
+    All queries of a sequence read all of its summaries, in slots; own keys are the block's other
+    columns, so that no key comes twice. `in_sequence` counts positions from their sequence's start.
+    """
+    columns = pattern.summary_columns(heads[0])
+    column = in_sequence % pattern.stride
+    summary = (column >= columns.start) & (column < columns.stop)
+    gather = torch.argsort(~summary, stable=True)
+    before = torch.cat([torch.zeros(1, dtype=torch.long), summary.cumsum(0)])
+    begin, end = rows.begin(pattern.stride), rows.end(pattern.stride)
+    first_query = begin.clamp(min=skipped)
+    own_begin, own_end = begin, end
+    slot_begin, slot_end = before[rows.sequence_begin], before[rows.sequence_end]
+    if pattern.part == "merged":
+        own_begin, own_end = (before[-1] + at - before[at] for at in (begin, end))
+    elif pattern.part == "local":
+        slot_begin = slot_end = before[:1]
+        gather = gather[:0]
+    else:
+        own_begin = own_end = begin
+    every = torch.full_like(begin, pattern.stride)
+    parts = first_query - skipped, end - skipped, own_begin, own_end, every, slot_begin, slot_end
+    return Plan(
+        gather.expand(len(heads), -1),
+        torch.stack([part.expand_as(begin) for part in parts], dim=1),
+        torch.zeros(len(heads), dtype=torch.long),
+        own_from_slots(pattern),
     )
-    shift = torch.tensor([c.start if own_from_slots else 0 for c in columns])
-    return Plan(gather, table, shift, own_from_slots)
 
 
-def num_rows(seq_len: int, stride: int) -> int:
+def _sums_before(counts: Tensor) -> Tensor:
+    """For each entry the sum of those before it."""
+    return counts.cumsum(0) - counts.long()
+
+
+def num_rows(seq_len: Length, stride: int) -> Length:
     """Blocks of a sequence, a short last one included: rows of it laid out `stride` wide."""
     return -(-seq_len // stride)
 

@@ -7,6 +7,7 @@
 | `kv_heads` | key/value heads; `heads` is a multiple of it             |              |
 | `q_len`    | queries; the last `q_len` positions of the sequence      |              |
 | `kv_len`   | keys and values: the length of the sequence              | n            |
+| `total`    | tokens of all documents that are packed together         |              |
 | `qk_dim`   | width of a query and of a key, per head                  | d            |
 | `v_dim`    | width of a value and of an output, per head              |              |
 | `slots`    | gathered summary columns                                 | c·n/l        |
@@ -30,6 +31,13 @@ Value: TypeAlias = Float[Tensor, "batch kv_heads kv_len v_dim"]
 Output: TypeAlias = Float[Tensor, "batch heads q_len v_dim"]
 LogSumExp: TypeAlias = Float[Tensor, "batch heads q_len"]
 
+PackedQuery: TypeAlias = Float[Tensor, "total heads qk_dim"]
+PackedKey: TypeAlias = Float[Tensor, "total kv_heads qk_dim"]
+PackedValue: TypeAlias = Float[Tensor, "total kv_heads v_dim"]
+PackedOutput: TypeAlias = Float[Tensor, "total heads v_dim"]
+PackedLogSumExp: TypeAlias = Float[Tensor, "heads total"]
+CuSeqlens: TypeAlias = Int[Tensor, " documents_and_1"]
+
 Mask: TypeAlias = Bool[Tensor, "heads q_len kv_len"]
 Positions: TypeAlias = Int[Tensor, "..."]
 
@@ -43,12 +51,18 @@ Rotary: TypeAlias = tuple[
 ]
 
 __all__ = [
+    "CuSeqlens",
     "Gather",
     "Hidden",
     "Key",
     "LogSumExp",
     "Mask",
     "Output",
+    "PackedKey",
+    "PackedLogSumExp",
+    "PackedOutput",
+    "PackedQuery",
+    "PackedValue",
     "Positions",
     "Query",
     "Rotary",

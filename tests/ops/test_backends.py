@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from colonnade import FixedPattern, FullPattern, Pattern, attention, backends, explain
+from colonnade import (
+    FixedPattern,
+    FullPattern,
+    LocalPattern,
+    Pattern,
+    StridedPattern,
+    attention,
+    backends,
+    explain,
+)
 from colonnade.pattern import Part
 from colonnade.plan import fixed_plan
 from tests import oracle
-from tests.cases import Case, backpropagate, both
+from tests.cases import (
+    EXAMPLES,
+    PARTS,
+    Case,
+    Inputs,
+    backpropagate,
+    both,
+    each_pattern,
+)
 
 
 def _attend(case: Case, pattern: Pattern | _Drawn, backend: str) -> Tensor:
@@ -29,38 +47,18 @@ def test_backends_names_the_usable_ones() -> None:
     assert "auto" not in known
 
 
-def test_auto_takes_eager_for_a_fixed_pattern() -> None:
-    case = Case()
+@each_pattern
+def test_auto_takes_eager_for_every_pattern(pattern: Pattern) -> None:
+    case = Case(pattern)
     query, key, value = case.inputs()[:3]
-    explanation = explain(query, key, value, case.pattern)
+    explanation = explain(query, key, value, pattern)
     assert explanation.backend == "eager"
     assert set(explanation.others) == set(backends()) - {"eager"}
     assert str(explanation).splitlines() == [
         "eager runs.",
         "reference does not run: eager comes first and takes these inputs.",
     ]
-    assert torch.equal(_attend(case, case.pattern, "auto"), _attend(case, case.pattern, "eager"))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "why"),
-    [
-        (FullPattern(), "FullPattern"),
-        (FullPattern(causal=False), "FullPattern"),
-        (FixedPattern(4, 1, causal=False), "causal=False"),
-    ],
-)
-def test_auto_takes_reference_for_what_eager_declines(pattern: Pattern, why: str) -> None:
-    """And eager, asked for by name, raises: nothing falls back silently."""
-    case = Case()
-    query, key, value = case.inputs()[:3]
-    explanation = explain(query, key, value, pattern)
-    assert explanation.backend == "reference"
-    assert why in explanation.others["eager"]
-    assert why in str(explanation)
-    assert torch.equal(_attend(case, pattern, "auto"), _attend(case, pattern, "reference"))
-    with pytest.raises(NotImplementedError, match=f"backend 'eager'.*{why}.*'reference'"):
-        _attend(case, pattern, "eager")
+    assert torch.equal(_attend(case, pattern, "auto"), _attend(case, pattern, "eager"))
 
 
 class _Drawn:
@@ -87,37 +85,65 @@ def test_any_object_with_a_mask(backend: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_eager_refuses_an_object_that_is_no_fixed_pattern() -> None:
-    with pytest.raises(NotImplementedError, match=r"eager.*_Drawn"):
-        _attend(Case(), _Drawn(), "eager")
+def test_auto_takes_reference_for_what_eager_declines() -> None:
+    """And eager, asked for by name, raises: nothing falls back silently."""
+    case = Case()
+    query, key, value = case.inputs()[:3]
+    explanation = explain(query, key, value, _Drawn())
+    assert explanation.backend == "reference"
+    assert list(explanation.others) == ["eager"]
+    why = explanation.others["eager"]
+    assert "_Drawn" in why
+    for kind in {type(pattern) for pattern in EXAMPLES.values()}:
+        assert kind.__name__ in why
+    assert str(explanation).splitlines() == ["reference runs.", f"eager does not run: {why}."]
+    assert torch.equal(_attend(case, _Drawn(), "auto"), _attend(case, _Drawn(), "reference"))
+    with pytest.raises(NotImplementedError, match=r"backend 'eager'.*_Drawn.*'reference'"):
+        _attend(case, _Drawn(), "eager")
 
 
 @pytest.mark.plain
+@each_pattern
 @pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
-def test_meta_tensors_give_shapes(backend: str) -> None:
+def test_meta_tensors_give_shapes(backend: str, pattern: Pattern) -> None:
     """To learn a model's shapes without memory, as transformers and accelerate do."""
     query, key, value = (torch.empty(2, heads, 13, 4, device="meta") for heads in (4, 2, 2))
-    out, lse = both(query, key, value, FixedPattern(4, 1), backend)
-    assert out.shape == (2, 4, 13, 4)
+    out, lse = both(query, key, value, pattern, backend)
+    alone = attention(query, key, value, pattern, backend=backend)
+    assert out.shape == alone.shape == (2, 4, 13, 4)
     assert lse.shape == (2, 4, 13)
     assert out.device.type == "meta"
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("part", ["merged", "summary"])
-def test_the_operation_keeps_the_compilers_rules(part: Part) -> None:
+def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> None:
     """Schema, fake implementation and autograd registration, forward and backward."""
-    case = Case(FixedPattern(4, 1, part=part), q_len=11)
+    pattern = FixedPattern(4, 1, part=part, causal=causal)
+    case = Case(pattern, q_len=11)
     inputs = case.inputs(torch.float32)
-    query, key, value = (t.requires_grad_() for t in inputs[:3])
-    plan = fixed_plan(case.pattern, case.q_len, case.kv_len, case.kv_heads)
-    last = (plan.gather, plan.table, plan.shift, plan.own_from_slots, 0.7)
-    torch.library.opcheck(torch.ops.colonnade.eager_forward.default, (query, key, value, *last))
-    _, lse = torch.ops.colonnade.eager_forward(query, key, value, *last)
-    backward = (inputs.grad_out, inputs.grad_lse, *inputs[:3], lse)
+    plan = fixed_plan(pattern, case.q_len, case.kv_len, range(case.kv_heads))
+    last = (plan.gather, plan.table, plan.shift, plan.own_from_slots, 0.7, 0.0, None)
+    _check_operation(torch.ops.colonnade.eager_forward, inputs, last)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("reads", ["window", *PARTS])
+def test_windows_keep_the_compilers_rules(reads: str) -> None:
+    inputs = Case(q_len=11).inputs(torch.float32)
+    _check_operation(torch.ops.colonnade.windowed_forward, inputs, (4, reads, 0.7, 0.0, None))
+
+
+def _check_operation(forward: Any, inputs: Inputs, last: tuple[Any, ...]) -> None:
+    """PyTorch's own checks of an operation and of the one that is its backward."""
+    query, key, value = inputs.leaves()
+    torch.library.opcheck(forward.default, (query, key, value, *last))
+    _, lse = forward(*inputs[:3], *last)
+    backward = getattr(torch.ops.colonnade, forward.__name__.replace("forward", "backward"))
     torch.library.opcheck(
-        torch.ops.colonnade.eager_backward.default,
-        (*(t.detach() for t in backward), *last),
+        backward.default,
+        (inputs.grad_out, inputs.grad_lse, *inputs[:3], lse, *last),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -137,20 +163,49 @@ def test_the_operation_keeps_the_compilers_rules(part: Part) -> None:
         ),
     ],
 )
-def test_compiled_equals_uncompiled(compiler: str) -> None:
-    """One graph, no break, the same bits, forward and backward: the operation is opaque to it."""
-    case = Case(FixedPattern(4, 1, subblocks=2), q_len=11)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        FixedPattern(4, 1, subblocks=2),
+        FixedPattern(4, 1, subblocks=2, causal=False),
+        StridedPattern(4),
+        StridedPattern(4, part="summary"),
+        LocalPattern(4),
+        FullPattern(),
+    ],
+    ids=str,
+)
+def test_compiled_equals_uncompiled(compiler: str, pattern: Pattern) -> None:
+    """One graph, no break, the same bits, forward and backward: operations are opaque to it."""
+    case = Case(pattern, q_len=11, scale=0.5)
     inputs = case.inputs(torch.float32)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return both(query, key, value, case.pattern, "eager")
+        return both(query, key, value, pattern, "eager", case.scale)
 
+    torch.compiler.reset()
     results = []
     for function in (run, torch.compile(run, fullgraph=True, backend=compiler)):
         leaves = inputs.leaves()
         results.append(backpropagate(function(*leaves), leaves, inputs))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("causal", [True, False])
+def test_compiled_full_attention_without_the_lse(causal: bool) -> None:
+    """PyTorch's own kernel, chosen while compiling."""
+    case = Case(FullPattern(causal), v_dim=4)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = attention(query, key, value, case.pattern, backend="eager")
+        assert isinstance(out, Tensor)
+        return out
+
+    query, key, value = case.inputs(torch.float32)[:3]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(query, key, value), run(query, key, value))
 
 
 def test_an_explanation_is_a_value() -> None:

@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from colonnade import FixedPattern, FullPattern, attention, explain
+from colonnade import (
+    FixedPattern,
+    FullPattern,
+    LocalPattern,
+    Pattern,
+    StridedPattern,
+    attention,
+    explain,
+)
 
 pytestmark = pytest.mark.plain
 
@@ -125,7 +133,6 @@ def test_tensors(
         ({"dropout_p": math.nan}, ValueError, "dropout_p must be finite, got dropout_p=nan"),
         ({"dropout_p": None}, TypeError, "got dropout_p=None"),
         ({"dropout_p": False}, TypeError, "got dropout_p=False"),
-        ({"dropout_p": 0.1}, NotImplementedError, r"no dropout.*got dropout_p=0\.1"),
         ({"backend": "flash"}, ValueError, r"\['auto', 'eager', 'reference'\].*backend='flash'"),
         ({"backend": "Eager"}, ValueError, "got backend='Eager'"),
         ({"backend": None}, TypeError, "backend must be a str, got backend=None"),
@@ -188,7 +195,36 @@ def test_full_pattern(causal: Any) -> None:
         FullPattern(causal=causal)
 
 
-@pytest.mark.parametrize("pattern", [FIXED, FullPattern()])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"stride": 0}, ValueError, "stride must be at least 1, got stride=0"),
+        ({"stride": 4.0}, TypeError, r"stride must be an int, got stride=4\.0"),
+        ({"stride": True}, TypeError, "got stride=True"),
+        ({"stride": 4, "part": "fixed"}, ValueError, "'merged', 'local', 'summary'.*part='fixed'"),
+        ({"stride": 4, "part": ["local"]}, ValueError, r"got part=\['local'\]"),
+    ],
+)
+def test_strided_pattern(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        StridedPattern(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("window", "error", "message"),
+    [
+        (0, ValueError, "window must be at least 1, got window=0"),
+        (-4, ValueError, "got window=-4"),
+        (None, TypeError, "window must be an int, got window=None"),
+        (True, TypeError, "got window=True"),
+    ],
+)
+def test_local_pattern(window: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LocalPattern(window)
+
+
+@pytest.mark.parametrize("pattern", [FIXED, StridedPattern(4), LocalPattern(4), FullPattern()])
 @pytest.mark.parametrize(
     ("method", "arguments", "error", "message"),
     [
@@ -215,7 +251,7 @@ def test_methods(
     arguments: dict[str, Any],
     error: type[Exception],
     message: str,
-    pattern: FixedPattern | FullPattern,
+    pattern: Pattern,
 ) -> None:
     with pytest.raises(error, match=message):
         getattr(pattern, method)(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colonnade import FixedPattern
-from colonnade.pattern import Part
-from tests.cases import Case, Inputs, attend, both, cases
+from colonnade import FixedPattern, FullPattern, Pattern, attention
+from tests.cases import Case, Inputs, attend, both, cases, each_pattern, fixed_patterns
 
 BACKENDS = ("eager", "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -32,16 +32,7 @@ def _equal_where(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=15)
-@given(
-    case=cases().map(
-        lambda case: Case(
-            FixedPattern(case.pattern.stride, 1, case.pattern.subblocks, "summary"),
-            kv_heads=case.kv_heads,
-            q_len=case.q_len,
-            kv_len=case.kv_len,
-        )
-    )
-)
+@given(case=cases(pattern=fixed_patterns().map(lambda p: replace(p, part="summary"))))
 def test_rows_that_read_nothing(dtype: torch.dtype, backend: str, case: Case) -> None:
     """Output 0, lse -inf, gradient 0, though a gradient of the lse arrives; and never NaN."""
     inputs = case.inputs(dtype)
@@ -57,10 +48,11 @@ def test_rows_that_read_nothing(dtype: torch.dtype, backend: str, case: Case) ->
     assert (found.grad_value[unread] == 0).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_first_block_without_a_summary_reads_nothing(backend: str) -> None:
+def test_a_first_block_without_a_summary_reads_nothing(backend: str, causal: bool) -> None:
     """All rows are empty: nothing to attend to is no error."""
-    case = Case(FixedPattern(20, 1, part="summary"))
+    case = Case(FixedPattern(20, 1, part="summary", causal=causal))
     found = attend(case, case.inputs(), backend)
     assert (found.lse == -math.inf).all()
     assert all((t == 0).all() for t in (found.out, *found[2:]))
@@ -104,38 +96,78 @@ def test_a_bad_query_touches_its_row_only(bad: float, case: Case, data: st.DataO
         assert after[0][0, head, i].isnan().all()
 
 
+def _within_reach(case: Case, head: int, j: int) -> Tensor:
+    """[q_len], the queries that a bad key j may touch: all of its own block, and its readers."""
+    positions = torch.arange(case.kv_len - case.q_len, case.kv_len)
+    readers = case.mask()[head, :, j]
+    if isinstance(case.pattern, FixedPattern):
+        return readers | (positions // case.pattern.stride == j // case.pattern.stride)
+    if isinstance(case.pattern, FullPattern):
+        return torch.ones_like(readers)  # the sequence is one block
+    return readers
+
+
+@settings(max_examples=100)
 @given(case=cases(), data=st.data())
 @pytest.mark.parametrize("of", ["key", "value"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_key_touches_its_block_and_its_readers_only(
     bad: float, of: str, case: Case, data: st.DataObject
 ) -> None:
-    """Never an earlier block, another batch row, or the queries of another key head."""
+    """Never an earlier block, another batch row, or the queries of another key head.
+
+    Strided and local patterns have no blocks: there it touches its readers alone.
+    """
     inputs = case.inputs()
     j = data.draw(st.integers(0, case.kv_len - 1), label="position")
     head = data.draw(st.integers(0, case.kv_heads - 1), label="head")
+    entries = data.draw(st.sampled_from((0, slice(None))), label="entries")
     tensor = getattr(inputs, of).clone()
-    tensor[0, head, j] = bad
+    tensor[0, head, j, entries] = bad
     before = _attend(case, inputs, "eager")
     after = _attend(case, inputs._replace(**{of: tensor}), "eager")
-    positions = torch.arange(case.kv_len - case.q_len, case.kv_len)
-    own_block = positions // case.pattern.stride == j // case.pattern.stride
     touched = torch.zeros(before[1].shape, dtype=torch.bool)
-    readers = case.mask()[head, :, j]
-    touched[0, head * case.group : (head + 1) * case.group] = own_block | readers
+    group = slice(head * case.group, (head + 1) * case.group)
+    touched[0, group] = _within_reach(case, head, j)
     assert _equal_where(~touched, after, before)
-    if math.isnan(bad):
-        group = slice(head * case.group, (head + 1) * case.group)
+    readers = case.mask()[head, :, j]
+    if of == "value":
+        assert not after[0][0, group][:, readers][..., entries].isfinite().any()
+    elif math.isnan(bad):
         assert after[0][0, group][:, readers].isnan().all()
 
 
+@given(case=cases(pattern=st.builds(FullPattern, st.booleans())), data=st.data())
+@pytest.mark.parametrize("of", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_full_attention_without_the_lse_keeps_bad_numbers_too(
+    bad: float, of: str, case: Case, data: st.DataObject
+) -> None:
+    """PyTorch's own kernel is held to the same: a query's row, a key's head of its batch row."""
+    case = replace(case, q_len=case.kv_len, v_dim=case.qk_dim)
+    inputs = case.inputs()
+    tensor = getattr(inputs, of).clone()
+    head = data.draw(st.integers(0, tensor.shape[1] - 1), label="head")
+    position = data.draw(st.integers(0, case.kv_len - 1), label="position")
+    tensor[0, head, position] = bad
+    before, after = (
+        attention(*tensors, case.pattern, scale=case.scale, backend="eager")
+        for tensors in (inputs[:3], inputs._replace(**{of: tensor})[:3])
+    )
+    untouched = torch.ones(before.shape[:3], dtype=torch.bool)
+    if of == "query":
+        untouched[0, head, position] = False
+    else:
+        untouched[0, head * case.group : (head + 1) * case.group] = False
+    assert torch.equal(after[untouched], before[untouched])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("part", ["merged", "local", "summary"])
+@each_pattern
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 5, 5), (2, 0, 5), (2, 0, 0), (0, 0, 0)])
 def test_empty_inputs_give_empty_results(
-    batch: int, q_len: int, kv_len: int, part: Part, backend: str
+    batch: int, q_len: int, kv_len: int, pattern: Pattern, backend: str
 ) -> None:
-    pattern = FixedPattern(4, 1, part=part)
     case = Case(pattern, batch=batch, q_len=q_len, kv_len=kv_len)
     found = attend(case, case.inputs(), backend)
     assert found.out.shape == (batch, 4, q_len, 3)
@@ -143,3 +175,5 @@ def test_empty_inputs_give_empty_results(
     assert found.grad_query.shape == (batch, 4, q_len, 4)
     assert torch.equal(found.grad_key, torch.zeros(batch, 2, kv_len, 4, dtype=torch.float64))
     assert torch.equal(found.grad_value, torch.zeros(batch, 2, kv_len, 3, dtype=torch.float64))
+    out = attention(*case.inputs()[:3], pattern, backend=backend)
+    assert out.shape == (batch, 4, q_len, 3)

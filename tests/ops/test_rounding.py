@@ -5,8 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
-from tests.cases import Case, Inputs, Results, attend, attend_by_loops, both, cases
+from colonnade import FullPattern, Pattern, attention
+from tests.cases import (
+    Case,
+    Inputs,
+    Results,
+    attend,
+    attend_by_loops,
+    backpropagate,
+    both,
+    cases,
+    each_pattern,
+    patterns,
+)
 from tests.rounding import check
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +37,7 @@ def _check_dtypes(results: Results, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=25)
+@settings(max_examples=75)
 @given(case=cases())
 def test_short_sequences_against_the_definition(dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
@@ -36,8 +49,8 @@ def test_short_sequences_against_the_definition(dtype: torch.dtype, case: Case) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=15)
-@given(case=cases(max_len=120, max_stride=24))
+@settings(max_examples=50)
+@given(case=cases(120, patterns(24)))
 def test_longer_sequences_against_float64(dtype: torch.dtype, case: Case) -> None:
     """Here rows read up to a hundred keys: a weight rounded to half precision would show."""
     inputs = case.inputs(dtype)
@@ -45,23 +58,45 @@ def test_longer_sequences_against_float64(dtype: torch.dtype, case: Case) -> Non
     check(case, inputs, attend(case, inputs, "eager"), expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_full_attention_without_the_lse_against_float64(dtype: torch.dtype, causal: bool) -> None:
+    """PyTorch's own kernel, over more than one of its tiles of 512 keys."""
+    case = Case(FullPattern(causal), 1, q_len=600, kv_len=600, qk_dim=8, v_dim=8, scale=0.5)
+    inputs = case.inputs(dtype)
+    inputs = inputs._replace(grad_lse=torch.zeros_like(inputs.grad_lse))
+    expected = attend(case, _in_float64(inputs), "eager")
+    leaves = inputs.leaves()
+    out = attention(*leaves, case.pattern, scale=case.scale, backend="eager")
+    assert isinstance(out, Tensor)
+    found = backpropagate((out, expected.lse.to(dtype)), leaves, inputs)
+    check(case, inputs, found, expected._replace(lse=found.lse.double()))
+
+
+@each_pattern
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores_neither_overflow_nor_lose_the_maximum(dtype: torch.dtype) -> None:
+def test_large_scores_neither_overflow_nor_lose_the_maximum(
+    dtype: torch.dtype, pattern: Pattern
+) -> None:
     """Scores in the hundreds: exp overflows float32 beyond 88 unless the peak is taken off."""
-    case = Case(scale=60.0)
+    case = Case(pattern, scale=60.0)
     inputs = case.inputs(dtype)
     expected = attend_by_loops(case, _in_float64(inputs))
     assert expected.lse.max() > 100
     found = attend(case, inputs, "eager")
-    assert all(t.isfinite().all() for t in found)
+    assert all(t.isfinite().all() for t in (found.out, *found[2:]))
+    assert torch.equal(found.lse.isfinite(), expected.lse.isfinite())
     check(case, inputs, found, expected)
 
 
+@each_pattern
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_rounds_the_inputs_and_nothing_else(dtype: torch.dtype, backend: str) -> None:
+def test_autocast_rounds_the_inputs_and_nothing_else(
+    dtype: torch.dtype, backend: str, pattern: Pattern
+) -> None:
     """Inside, scores and weights stay float32: autocast must not reach the backend's products."""
-    case = Case()
+    case = Case(pattern)
     query, key, value = (t.float() for t in case.inputs()[:3])
     with torch.autocast("cpu", dtype=dtype):
         pair = both(query, key, value, case.pattern, backend)
@@ -72,17 +107,18 @@ def test_autocast_rounds_the_inputs_and_nothing_else(dtype: torch.dtype, backend
     assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
 
 
+@each_pattern
 @pytest.mark.parametrize(
     ("backend", "backward_too"), [("eager", False), ("eager", True), ("reference", False)]
 )
 def test_autocast_gradients_come_in_the_type_of_the_inputs(
-    backend: str, backward_too: bool
+    backend: str, backward_too: bool, pattern: Pattern
 ) -> None:
     """And they are those of the rounded inputs.
 
     The backward belongs outside, as PyTorch advises; eager's is the same inside.
     """
-    case = Case()
+    case = Case(pattern)
     single = case.inputs(torch.float32)
     leaves = single.leaves()
     grad_out = single.grad_out.bfloat16()

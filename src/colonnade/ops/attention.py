@@ -1,4 +1,4 @@
-"""The public operation: validate the inputs, choose a backend, run it.
+"""The public operations: validate the inputs, choose a backend, run it.
 
 The way from here to the arithmetic: `attention` → a backend's `attend` (which makes the plan) → its
 kernel.
@@ -6,37 +6,46 @@ kernel.
 
 from __future__ import annotations
 
-import math
-import sys
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from colonnade.ops import eager, reference
-from colonnade.ops.autocast import AUTOCAST_DTYPES, cast_as_autocast_would, without_autocast
+from colonnade.ops.autocast import cast_as_autocast_would, without_autocast
+from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_request
+from colonnade.ops.request import Request
 from colonnade.pattern import HasMask
-from colonnade.shapes import Key, LogSumExp, Output, Query, Value
-
-DTYPES = (torch.float64, *AUTOCAST_DTYPES)
+from colonnade.shapes import (
+    CuSeqlens,
+    Key,
+    LogSumExp,
+    Output,
+    PackedKey,
+    PackedLogSumExp,
+    PackedOutput,
+    PackedQuery,
+    PackedValue,
+    Query,
+    Value,
+)
 
 
 @runtime_checkable
 class Backend(Protocol):
     """What a module in this folder offers to be a backend."""
 
-    def declines(self, query: Tensor, key: Tensor, value: Tensor, pattern: HasMask) -> str | None:
+    def declines(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> str | None:
         """Why it does not take these inputs, as a clause after its name; None if it does."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: HasMask, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp."""
+        self, query: Tensor, key: Tensor, value: Tensor, request: Request
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and log-sum-exp; None in its place only where nobody asked for it."""
 
 
-BACKENDS: dict[str, Backend] = {"eager": eager, "reference": reference}  # type: ignore[dict-item]
-"""In the order in which "auto" tries them. (A module is no Protocol of narrower types to mypy.)"""
+BACKENDS: dict[str, Backend] = {"eager": eager, "reference": reference}
+"""In the order in which "auto" tries them."""
 
 
 def attention(
@@ -65,7 +74,11 @@ def attention(
             with a method `mask(seq_len, num_heads)` that gives a bool tensor
             [num_heads, seq_len, seq_len].
         scale: Factor on the scores; 1/sqrt(qk_dim) if None.
-        dropout_p: Dropout on the weights is not there yet; only 0.0 is taken.
+        dropout_p: Each weight is dropped with this probability and the others are divided by
+            1 - dropout_p, whenever it is above 0, as in `scaled_dot_product_attention`: pass 0 in
+            evaluation. The log-sum-exp is that of the weights before dropout. Randomness comes
+            from PyTorch's default generator, so that recomputation in activation checkpointing
+            drops the same weights.
         return_lse: Return (out, lse), lse [batch, heads, q_len] the natural logarithm of the
             softmax's denominator, in float32 (float64 for float64); differentiable.
         backend: "auto", or a name from `backends()`. A backend asked for by name runs or raises.
@@ -81,15 +94,73 @@ def attention(
     Source: Child et al. 2019, arXiv:1904.10509, section 4.
     """
     query, key, value = cast_as_autocast_would(query, key, value)
-    _check_tensors(query, key, value)
-    _check_options(pattern, scale, dropout_p)
-    chosen = BACKENDS[_choose(query, key, value, pattern, backend)]
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[3])
+    check_tensors(query, key, value)
+    request = make_request(query, pattern, scale, dropout_p, return_lse)
+    out, lse = _run(query, key, value, request, backend)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def attention_varlen(
+    query: PackedQuery,
+    key: PackedKey,
+    value: PackedValue,
+    cu_seqlens: CuSeqlens,
+    pattern: HasMask,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> PackedOutput | tuple[PackedOutput, PackedLogSumExp]:
+    """`attention` inside each of several documents that lie one after the other.
+
+    Document d is the rows cu_seqlens[d] … cu_seqlens[d+1] - 1. Blocks restart at every document;
+    nothing crosses a boundary, nothing is padded, and a document may be empty. A FixedPattern or
+    FullPattern takes one plan for all documents, other patterns a batch for each length.
+
+    Args:
+        query: [total, heads, qk_dim].
+        key: [total, kv_heads, qk_dim].
+        value: [total, kv_heads, v_dim].
+        cu_seqlens: [documents + 1] of int32 or int64: 0, then where each document ends.
+        pattern: As for `attention`, and so are the other arguments.
+        scale: Factor on the scores; 1/sqrt(qk_dim) if None.
+        dropout_p: Dropout on the weights.
+        return_lse: Return (out, lse), lse [heads, total].
+        backend: "auto", or a name from `backends()`.
+
+    Returns:
+        [total, heads, v_dim] in the inputs' type, or (out, lse).
+
+    Raises:
+        TypeError: As `attention`; or cu_seqlens is no tensor of integers.
+        ValueError: As `attention`; or cu_seqlens does not start at 0, decreases, or does not end
+            at total.
+        NotImplementedError: The named backend does not take these inputs.
+    """
+    query, key, value = cast_as_autocast_would(query, key, value)
+    check_packed_tensors(query, key, value)
+    check_cu_seqlens(cu_seqlens)
+    request = make_request(query, pattern, scale, dropout_p, return_lse, cu_seqlens)
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    out, lse = _run(q, k, v, request, backend)
+    out = out[0].transpose(0, 1)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse[0]
+
+
+def _run(
+    query: Query, key: Key, value: Value, request: Request, backend: str
+) -> tuple[Output, LogSumExp | None]:
+    chosen = BACKENDS[_choose(query, key, value, request, backend)]
     # Inside, float32 means float32: autocast would run the products in half precision after all.
     with without_autocast(query.device.type):
-        out, lse = chosen.attend(query, key, value, pattern, float(scale))
-    return (out, lse) if return_lse else out
+        return chosen.attend(query, key, value, request)
 
 
 def backends() -> dict[str, str | None]:
@@ -121,18 +192,18 @@ def explain(query: Query, key: Key, value: Value, pattern: HasMask) -> Explanati
         TypeError, ValueError: As `attention` for the same inputs.
     """
     query, key, value = cast_as_autocast_would(query, key, value)
-    _check_tensors(query, key, value)
-    _check_options(pattern, None, 0.0)
-    chosen = _choose(query, key, value, pattern, "auto")
+    check_tensors(query, key, value)
+    request = make_request(query, pattern)
+    chosen = _choose(query, key, value, request, "auto")
     others = {}
     for name, backend in BACKENDS.items():
         if name != chosen:
-            why = backend.declines(query, key, value, pattern)
+            why = backend.declines(query, key, value, request)
             others[name] = f"it {why}" if why else f"{chosen} comes first and takes these inputs"
     return Explanation(chosen, others)
 
 
-def _choose(query: Tensor, key: Tensor, value: Tensor, pattern: HasMask, backend: str) -> str:
+def _choose(query: Tensor, key: Tensor, value: Tensor, request: Request, backend: str) -> str:
     """The name of the backend that runs: the one asked for, or the first that takes the inputs."""
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a str, got backend={backend!r}.")
@@ -140,82 +211,12 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, pattern: HasMask, backend
         names = ["auto", *sorted(BACKENDS)]
         raise ValueError(f"backend must be one of {names}, got backend={backend!r}.")
     if backend != "auto":
-        why_not = BACKENDS[backend].declines(query, key, value, pattern)
+        why_not = BACKENDS[backend].declines(query, key, value, request)
         if why_not is not None:
             raise NotImplementedError(f"backend {backend!r} {why_not}. Use backend='reference'.")
         return backend
     return next(
         name
         for name, candidate in BACKENDS.items()
-        if candidate.declines(query, key, value, pattern) is None
+        if candidate.declines(query, key, value, request) is None
     )
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    named = {"query": query, "key": key, "value": value}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}.")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be one of {DTYPES}, got {name}.dtype={tensor.dtype}.")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got {name}.layout={tensor.layout}.")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must be [batch, heads, seq, head_dim], "
-                f"got {name}.shape={tuple(tensor.shape)}."
-            )
-    if not query.dtype == key.dtype == value.dtype:
-        found = ", ".join(f"{name}.dtype={t.dtype}" for name, t in named.items())
-        raise TypeError(f"query, key and value must have one dtype, got {found}.")
-    if not query.device == key.device == value.device:
-        found = ", ".join(f"{name}.device={t.device}" for name, t in named.items())
-        raise ValueError(f"query, key and value must be on one device, got {found}.")
-    _check_shapes(query, key, value)
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    batch, heads, q_len, qk_dim = query.shape
-    _, kv_heads, kv_len, v_dim = value.shape
-    found = ", ".join(
-        f"{name}.shape={tuple(t.shape)}"
-        for name, t in (("query", query), ("key", key), ("value", value))
-    )
-    if key.shape != (batch, kv_heads, kv_len, qk_dim) or value.shape[0] != batch:
-        raise ValueError(
-            "query, key and value must agree in batch, query and key in head width, "
-            f"key and value in heads and length; got {found}."
-        )
-    if kv_heads == 0 or heads == 0 or heads % kv_heads != 0:
-        raise ValueError(f"query's heads must be a multiple of key's, at least 1; got {found}.")
-    if qk_dim == 0 or v_dim == 0:
-        raise ValueError(f"head widths must be at least 1, got {found}.")
-    if q_len > kv_len:
-        raise ValueError(
-            "query must not be longer than key: its rows are the last positions of the sequence; "
-            f"got {found}."
-        )
-
-
-def _check_options(pattern: object, scale: object, dropout_p: object) -> None:
-    if isinstance(pattern, type) or not isinstance(pattern, HasMask):
-        kind = type(pattern).__name__
-        found = f"the class {pattern.__name__}" if isinstance(pattern, type) else f"a {kind}"
-        raise TypeError(
-            f"pattern must be a Pattern or have a method mask(seq_len, num_heads), got {found}."
-        )
-    for name, number in (("scale", scale), ("dropout_p", dropout_p)):
-        if number is None and name == "scale":
-            continue
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"{name} must be a float, got {name}={number!r}.")
-        # An int may be too large for a float to hold.
-        if not abs(number) <= sys.float_info.max:
-            raise ValueError(f"{name} must be finite, got {name}={number!r}.")
-    assert isinstance(dropout_p, int | float)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], got dropout_p={dropout_p}.")
-    if dropout_p > 0:
-        raise NotImplementedError(
-            f"attention has no dropout on its weights yet, got dropout_p={dropout_p}. Use 0.0."
-        )

@@ -1,47 +1,255 @@
-"""Backend "eager": a plan in plain PyTorch, on any device, in any floating type and width.
+"""Backend "eager": every pattern in plain PyTorch, on any device, in any floating type and width.
 
-One operation for the compiler, a loop over the plan's rows inside. A row is two matrix products
-around one softmax over [slots ; own keys]; the backward computes the scores anew. Nothing grows
-like n². Scores, weights and all gradients are kept in float32 for half-precision inputs (in
-float64 for float64); only results are rounded.
+A fixed pattern is one operation for the compiler, a loop over the plan's rows inside. A row is two
+matrix products around one softmax over [slots ; own keys]; rows of one shape are computed together,
+and the backward computes the scores anew. Nothing grows like n². Scores, weights and all gradients
+are kept in float32 for half-precision inputs (in float64 for float64); only results are rounded.
+
+Strided and local patterns run in `windowed`. A full pattern runs in PyTorch's own kernel where that
+keeps the contract, else as the fixed pattern that it is.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+from colonnade.ops import windowed
 from colonnade.ops.autocast import without_autocast
-from colonnade.pattern import FixedPattern
-from colonnade.plan import Row, fixed_plan, table_rows
-from colonnade.shapes import Key, LogSumExp, Output, Query, Value
+from colonnade.ops.dropout import Dropout, draw_seed
+from colonnade.ops.request import (
+    Request,
+    by_documents,
+    document_lengths,
+    in_order,
+    only_heads,
+)
+from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Part, StridedPattern
+from colonnade.plan import (
+    Plan,
+    Row,
+    fixed_plan,
+    head_groups,
+    own_from_slots,
+    packed_plan,
+    table_rows,
+)
+from colonnade.shapes import CuSeqlens, Key, LogSumExp, Output, Query, Value
+
+FULL_TILE = 128
+"""Queries of a full pattern that are computed together."""
+STACKED_SCORES = 2**19
+"""How many scores of rows of one shape are computed together: some MB, which fit into a cache."""
 
 
-def declines(query: Query, key: Key, value: Value, pattern: object) -> str | None:
+def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
     """Why this backend does not take these inputs, or None if it does."""
-    if not isinstance(pattern, FixedPattern):
-        return f"runs FixedPattern only, got a {type(pattern).__name__}"
-    if not pattern.causal:
-        return "runs causal patterns only, got causal=False"
+    pattern = request.pattern
+    if not isinstance(pattern, FixedPattern | StridedPattern | LocalPattern | FullPattern):
+        return (
+            "runs FixedPattern, StridedPattern, LocalPattern and FullPattern only, "
+            f"got a {type(pattern).__name__}"
+        )
     return None
 
 
 def attend(
-    query: Query, key: Key, value: Value, pattern: FixedPattern, scale: float
-) -> tuple[Output, LogSumExp]:
-    """softmax(scale · q kᵀ) v over the plan's rows, and the log of its denominator."""
-    plan = fixed_plan(pattern, query.shape[2], key.shape[2], key.shape[1], query.device)
-    out, lse = _forward(
-        query, key, value, plan.gather, plan.table, plan.shift, plan.own_from_slots, scale
+    query: Query, key: Key, value: Value, request: Request
+) -> tuple[Output, LogSumExp | None]:
+    """softmax(scale · q kᵀ) v over what the pattern reads, and the log of its denominator."""
+    pattern = request.pattern
+    if isinstance(pattern, StridedPattern | LocalPattern):
+        if request.cu_seqlens is not None:
+            return by_documents(windowed.attend, query, key, value, request)
+        return windowed.attend(query, key, value, request)
+    if isinstance(pattern, FullPattern):
+        if _suits_dense_kernel(query, key, value, request, pattern.causal):
+            return _dense(query, key, value, request.scale, pattern.causal), None
+        pattern = pattern.as_fixed(FULL_TILE)
+    assert isinstance(pattern, FixedPattern)
+    num_kv_heads = key.shape[1]
+    heads = head_groups(pattern, num_kv_heads)
+    outs, lses = [], []
+    for group in heads:
+        plan = _make_plan(pattern, query.shape[2], key.shape[2], request.cu_seqlens, group)
+        q, k, v = (only_heads(t, group, num_kv_heads) for t in (query, key, value))
+        out, lse = _forward(
+            q,
+            k,
+            v,
+            plan.gather.to(key.device),
+            plan.table,
+            plan.shift,
+            plan.own_from_slots,
+            request.scale,
+            request.dropout_p,
+            draw_seed(request.dropout_p),
+        )
+        outs.append(out)
+        lses.append(lse)
+    return in_order(outs, heads), in_order(lses, heads)
+
+
+@torch.library.custom_op(
+    "colonnade::plan",
+    mutates_args=(),
+    schema="(int stride, int summary, int subblocks, str part, bool causal, "
+    "SymInt q_len, SymInt kv_len, Tensor? cu_seqlens, int[] heads) -> (Tensor, Tensor, Tensor)",
+)
+def _plan(
+    stride: int,
+    summary: int,
+    subblocks: int,
+    part: Part,
+    causal: bool,
+    q_len: int,
+    kv_len: int,
+    cu_seqlens: Tensor | None,
+    heads: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An operation, so that a compiler takes the plan's sizes as they come, for any length."""
+    pattern = FixedPattern(stride, summary, subblocks, part, causal)
+    if cu_seqlens is None:
+        plan = fixed_plan(pattern, q_len, kv_len, heads)
+    else:
+        plan = packed_plan(pattern, document_lengths(cu_seqlens, kv_len), heads)
+    return plan.gather.contiguous(), plan.table, plan.shift
+
+
+@_plan.register_fake
+def _plan_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    heads = len(arguments[-1])
+    return (
+        torch.empty(heads, size(), dtype=torch.long),
+        torch.empty(size(), len(Row._fields), dtype=torch.long),
+        torch.empty(heads, dtype=torch.long),
     )
-    return out, lse
+
+
+def _make_plan(
+    pattern: FixedPattern, q_len: int, kv_len: int, cu_seqlens: CuSeqlens | None, heads: range
+) -> Plan:
+    p = pattern
+    sets = p.stride, p.summary, p.subblocks, p.part, p.causal
+    gather, table, shift = _plan(*sets, q_len, kv_len, cu_seqlens, list(heads))
+    return Plan(gather, table, shift, own_from_slots(pattern))
+
+
+def _suits_dense_kernel(
+    query: Query, key: Key, value: Value, request: Request, causal: bool
+) -> bool:
+    """Whether PyTorch's own kernel keeps the contract, without a mask and without n² memory.
+
+    It aligns causal masks at the top left, returns no log-sum-exp, adds up gradients in half
+    precision, gives NaN for a causal mask with scale <= 0, and takes neither zero keys nor values
+    of another width nor strided widths.
+    """
+    dense_widths = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and query.shape[3] == value.shape[3]
+        and dense_widths
+        and query.numel() > 0
+        and request.scale > 0
+        and (query.shape[2] == key.shape[2] or not causal)
+        and request.cu_seqlens is None
+        and request.dropout_p == 0
+        and not request.return_lse
+    )
+
+
+def _dense(query: Query, key: Key, value: Value, scale: float, causal: bool) -> Output:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+class _Run(NamedTuple):
+    """Rows of one shape that are computed together: r queries, s slots and w own keys each."""
+
+    q_begin: list[int]
+    own_begin: list[int]
+    slot_begin: list[int]
+    queries: int
+    own_keys: int
+    slots: int
+    lead: int
+
+
+def _runs(table: Tensor, heads: int) -> list[_Run]:
+    """The table's rows, those of one shape together; `heads` counts those of all batch rows.
+
+    Rows without a key, which a bidirectional plan may have, are left out.
+    """
+    by_shape: dict[tuple[int, int, int, int], list[Row]] = {}
+    for row in table_rows(table):
+        shape = (
+            row.q_end - row.q_begin,
+            row.own_end - row.own_begin,
+            row.slot_end - row.slot_begin,
+            row.lead,
+        )
+        if row.own_end > row.own_begin or row.slot_end > row.slot_begin:
+            by_shape.setdefault(shape, []).append(row)
+    runs = []
+    for (queries, own_keys, slots, lead), rows in by_shape.items():
+        together = max(STACKED_SCORES // max(heads * queries * (own_keys + slots), 1), 1)
+        for first in range(0, len(rows), together):
+            some = rows[first : first + together]
+            q_begin, own_begin, slot_begin = (
+                [getattr(row, f"{of}_begin") for row in some] for of in ("q", "own", "slot")
+            )
+            runs.append(_Run(q_begin, own_begin, slot_begin, queries, own_keys, slots, lead))
+    return runs
+
+
+def _take(tensor: Tensor, begins: list[int], length: int) -> Tensor:
+    """Runs of `length` positions of [B, H, n, D], as [B, H, m, length, D]; a view if m is 1."""
+    if len(begins) == 1:
+        return tensor.narrow(2, begins[0], length)[:, :, None]
+    return tensor[:, :, _positions(begins, length).to(tensor.device)]
+
+
+def _add(tensor: Tensor, begins: list[int], rows: Tensor) -> None:
+    """Add [B, H, m, length, D] where `_take` would read it."""
+    length = rows.shape[3]
+    if len(begins) == 1:
+        tensor.narrow(2, begins[0], length).add_(rows[:, :, 0])
+    else:
+        index = _positions(begins, length).flatten().to(tensor.device)
+        tensor.index_add_(2, index, rows.flatten(2, 3))
+
+
+def _put(tensor: Tensor, begins: list[int], rows: Tensor) -> None:
+    """Write [B, Hkv, m, G·length, D] of stacked query heads into [B, Hq, n, D]."""
+    num_heads = tensor.shape[1]
+    by_head = rows.unflatten(3, (num_heads // rows.shape[1], -1)).transpose(2, 3).flatten(1, 2)
+    length = by_head.shape[3]
+    if len(begins) == 1:
+        tensor.narrow(2, begins[0], length).copy_(by_head[:, :, 0])
+    else:
+        tensor[:, :, _positions(begins, length).to(tensor.device)] = by_head.to(tensor.dtype)
+
+
+def _positions(begins: list[int], length: int) -> Tensor:
+    return torch.tensor(begins)[:, None] + torch.arange(length)
 
 
 class _Tiles:
-    """The operands of one row after another, in the type that is computed in."""
+    """The operands of one run of rows after another, in the type that is computed in."""
 
     def __init__(
         self,
@@ -60,53 +268,48 @@ class _Tiles:
         self.own_value = self.slot_value if own_from_slots else value
         self.shift = shift.to(key.device)[:, None, None]
 
-    def queries(self, tensor: Tensor, row: Row) -> Tensor:
-        """A row of [B, Hq, Tq, D] as [B, Hkv, G·r, D]: the query heads of a key head stacked."""
+    def queries(self, tensor: Tensor, run: _Run) -> Tensor:
+        """Rows of [B, Hq, Tq, D] as [B, Hkv, m, G·r, D]: the query heads of a key head stacked."""
         num_kv_heads = self.slot_key.shape[1]
-        rows = tensor[:, :, row.q_begin : row.q_end].to(self.compute)
-        stacked: Tensor = rows.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+        rows = _take(tensor, run.q_begin, run.queries).to(self.compute)
+        stacked: Tensor = rows.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).flatten(3, 4)
         return stacked
 
-    def keys(self, row: Row) -> Tensor:
-        """The keys [B, Hkv, w, D] that a row reads: its slots, then its own."""
-        return self._read(self.slot_key, self.own_key, row)
+    def keys(self, run: _Run) -> Tensor:
+        """The keys [B, Hkv, m, s + w, D] that rows read: their slots, then their own."""
+        return self._read(self.slot_key, self.own_key, run)
 
-    def values(self, row: Row) -> Tensor:
-        """The values [B, Hkv, w, D] that a row reads: its slots, then its own."""
-        return self._read(self.slot_value, self.own_value, row)
+    def values(self, run: _Run) -> Tensor:
+        """The values [B, Hkv, m, s + w, D] that rows read: their slots, then their own."""
+        return self._read(self.slot_value, self.own_value, run)
 
-    def _read(self, slots: Tensor, own: Tensor, row: Row) -> Tensor:
-        own_part = own[:, :, row.own_begin : row.own_end].to(self.compute)
-        return torch.cat([slots[:, :, row.slot_begin : row.slot_end], own_part], 2)
+    def _read(self, slots: Tensor, own: Tensor, run: _Run) -> Tensor:
+        own_part = _take(own, run.own_begin, run.own_keys).to(self.compute)
+        return torch.cat([_take(slots, run.slot_begin, run.slots), own_part], 3)
 
-    def scores(self, query: Tensor, key: Tensor, row: Row) -> Tensor:
-        """q kᵀ of a row, -inf at the own keys that a query does not see; q is scaled already."""
+    def scores(self, query: Tensor, key: Tensor, run: _Run) -> Tensor:
+        """q kᵀ of rows, -inf at the own keys that a query does not see; q is scaled already."""
         scores = query @ key.mT
-        by_group = scores.unflatten(2, (-1, row.q_end - row.q_begin))
-        own_scores = by_group[..., row.slot_end - row.slot_begin :]
-        own_scores.masked_fill_(self._hidden(row), -math.inf)
+        own_scores = scores.unflatten(3, (-1, run.queries))[..., run.slots :]
+        own_scores.masked_fill_(self._hidden(run), -math.inf)
         return scores
 
-    def _hidden(self, row: Row) -> Tensor:
-        """[Hkv, 1, r, own keys], True where a query does not see a key; alike for most rows."""
-        shape = (row.q_end - row.q_begin, row.own_end - row.own_begin, row.lead)
+    def _hidden(self, run: _Run) -> Tensor:
+        """[Hkv, 1, 1, r, w], True where a query does not see an own key; alike for most rows."""
+        shape = (run.queries, run.own_keys, run.lead)
         if shape not in self.hidden_of:
             queries, own_keys, lead = shape
             last_seen = torch.arange(queries, device=self.shift.device)[:, None] + lead - self.shift
             own = torch.arange(own_keys, device=self.shift.device)
-            self.hidden_of[shape] = (own > last_seen)[:, None]
+            self.hidden_of[shape] = (own > last_seen)[:, None, None]
         return self.hidden_of[shape]
 
 
-def _ungroup(rows: Tensor, num_heads: int) -> Tensor:
-    """[B, Hkv, G·r, …] back to [B, Hq, r, …]."""
-    groups = num_heads // rows.shape[1]
-    by_head: Tensor = rows.unflatten(2, (groups, -1)).flatten(1, 2)
-    return by_head
-
-
 # The schemas are spelled out: read off annotations they would depend on who wraps the functions.
-_PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
+_PLAN = (
+    "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale, "
+    "float dropout_p, Tensor? seed"
+)
 _FORWARD = f"(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor lse, "
@@ -124,21 +327,24 @@ def _forward(
     shift: Tensor,
     own_from_slots: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     tiles = _Tiles(key, value, gather, shift, own_from_slots)
-    num_heads = query.shape[1]
-    out = query.new_empty(*query.shape[:3], value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=tiles.compute)
-    for row in table_rows(table):
-        scores = tiles.scores(tiles.queries(query, row).mul(scale), tiles.keys(row), row)
+    dropout = Dropout(dropout_p, seed, query.device)
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    lse = query.new_full(query.shape[:3], -math.inf, dtype=tiles.compute)
+    for run in _runs(table, query.shape[:2].numel()):
+        scores = tiles.scores(tiles.queries(query, run).mul(scale), tiles.keys(run), run)
         peak = scores.amax(-1, keepdim=True)
         # A row that reads nothing: weights 0, denominator 0, output 0, lse -inf.
         peak.masked_fill_(peak == -math.inf, 0.0)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
-        result = (weights @ tiles.values(row)).div_(total.masked_fill(total == 0, 1.0))
-        out[:, :, row.q_begin : row.q_end] = _ungroup(result, num_heads)
-        lse[:, :, row.q_begin : row.q_end] = _ungroup(peak + total.log(), num_heads)[..., 0]
+        weights *= dropout.factors(weights)
+        result = (weights @ tiles.values(run)).div_(total.masked_fill(total == 0, 1.0))
+        _put(out, run.q_begin, result)
+        _put(lse[..., None], run.q_begin, peak + total.log())
     return out, lse
 
 
@@ -166,37 +372,39 @@ def _backward(
     shift: Tensor,
     own_from_slots: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = _Tiles(key, value, gather, shift, own_from_slots)
-    num_heads = query.shape[1]
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    dropout = Dropout(dropout_p, seed, query.device)
+    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_key, grad_value = (x.new_zeros(x.shape, dtype=tiles.compute) for x in (key, value))
     grad_slot_key = torch.zeros_like(tiles.slot_key)
     grad_slot_value = torch.zeros_like(tiles.slot_value)
     grad_own_key = grad_slot_key if own_from_slots else grad_key
     grad_own_value = grad_slot_value if own_from_slots else grad_value
-    for row in table_rows(table):
-        num_slots = row.slot_end - row.slot_begin
-        q = tiles.queries(query, row).mul(scale)
-        k, v = tiles.keys(row), tiles.values(row)
-        row_lse = tiles.queries(lse[..., None], row)
-        row_lse = row_lse.masked_fill(row_lse == -math.inf, 0.0)
-        weights = tiles.scores(q, k, row).sub_(row_lse).exp_()
-        d_out = tiles.queries(grad_out, row)
-        d_value = weights.mT @ d_out
-        d_weights = d_out @ v.mT
+    for run in _runs(table, query.shape[:2].numel()):
+        q = tiles.queries(query, run).mul(scale)
+        k, v = tiles.keys(run), tiles.values(run)
+        lse_of_run = tiles.queries(lse[..., None], run)
+        lse_of_run = lse_of_run.masked_fill(lse_of_run == -math.inf, 0.0)
+        weights = tiles.scores(q, k, run).sub_(lse_of_run).exp_()
+        d_out = tiles.queries(grad_out, run)
+        kept = dropout.factors(weights)
+        d_value = (weights * kept).mT @ d_out
+        d_weights = (d_out @ v.mT) * kept
         # delta = sum_j P_ij dP_ij: the whole row is at hand, so the rounded output is not needed.
         delta = (weights * d_weights).sum(-1, keepdim=True)
-        delta -= tiles.queries(grad_lse[..., None], row)
+        delta -= tiles.queries(grad_lse[..., None], run)
         d_scores = d_weights.sub_(delta).mul_(weights)
         d_key = d_scores.mT @ q
-        grad_query[:, :, row.q_begin : row.q_end] = _ungroup((d_scores @ k).mul_(scale), num_heads)
+        _put(grad_query, run.q_begin, (d_scores @ k).mul_(scale))
         for grad_slots, grad_own, d in (
             (grad_slot_key, grad_own_key, d_key),
             (grad_slot_value, grad_own_value, d_value),
         ):
-            grad_slots[:, :, row.slot_begin : row.slot_end] += d[:, :, :num_slots]
-            grad_own[:, :, row.own_begin : row.own_end] += d[:, :, num_slots:]
+            _add(grad_slots, run.slot_begin, d[..., : run.slots, :])
+            _add(grad_own, run.own_begin, d[..., run.slots :, :])
     index = gather[None, :, :, None]
     grad_key.scatter_add_(2, index.expand_as(grad_slot_key), grad_slot_key)
     grad_value.scatter_add_(2, index.expand_as(grad_slot_value), grad_slot_value)
@@ -211,17 +419,17 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, gather, table, shift, ctx.own_from_slots, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, output[1], gather, table, shift)
+    query, key, value, gather, table, shift, own_from_slots, scale, dropout_p, seed = inputs
+    ctx.save_for_backward(query, key, value, output[1], gather, table, shift, seed)
+    ctx.constants = own_from_slots, scale, dropout_p
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, lse, gather, table, shift = ctx.saved_tensors
-    plan = (gather, table, shift, ctx.own_from_slots)
+    *saved, seed = ctx.saved_tensors
     # The caller's autocast would run the float32 products in half precision.
     with without_autocast(grad_out.device.type):
-        grads = _backward(grad_out, grad_lse, query, key, value, lse, *plan, ctx.scale)
-    return (*grads, None, None, None, None, None)
+        grads = _backward(grad_out, grad_lse, *saved, *ctx.constants, seed)
+    return (*grads, *[None] * 7)
 
 
 torch.library.register_autograd(

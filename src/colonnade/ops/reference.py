@@ -10,31 +10,33 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from colonnade.pattern import HasMask
+from colonnade.ops.request import Request, by_documents
 from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, Value
 
 
-def declines(query: Query, key: Key, value: Value, pattern: HasMask) -> str | None:
+def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
     """Why this backend does not take these inputs: it takes all."""
     return None
 
 
-def attend(
-    query: Query, key: Key, value: Value, pattern: HasMask, scale: float
-) -> tuple[Output, LogSumExp]:
+def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over the mask's last q_len rows, and the log of its denominator."""
+    if request.cu_seqlens is not None:
+        return by_documents(attend, query, key, value, request)
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
-    mask = _checked(pattern.mask(kv_len, num_kv_heads), (num_kv_heads, kv_len, kv_len))
+    mask = _checked(request.pattern.mask(kv_len, num_kv_heads), (num_kv_heads, kv_len, kv_len))
     mask = mask[:, None, kv_len - q_len :].to(query.device)
     grouped = query.unflatten(1, (num_kv_heads, -1)).to(compute)
-    scores = grouped @ key[:, :, None].to(compute).mT * scale
+    scores = grouped @ key[:, :, None].to(compute).mT * request.scale
     # A row that reads nothing has no softmax: it runs over zeros, and is set aside afterwards.
     empty = ~mask.any(-1, keepdim=True)
     scores = scores.masked_fill(~mask, -math.inf).masked_fill(empty, 0.0)
     weights = scores.softmax(-1).masked_fill(empty, 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
+    weights = F.dropout(weights, request.dropout_p)
     out = weights @ value[:, :, None].to(compute)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 

@@ -1,0 +1,145 @@
+"""What a caller may get wrong: each mistake is met here, with its rule and its values."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from colonnade.ops.autocast import AUTOCAST_DTYPES
+from colonnade.ops.request import Request
+from colonnade.pattern import HasMask
+
+DTYPES = (torch.float64, *AUTOCAST_DTYPES)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse anything but [batch, heads, seq, head_dim] tensors that fit together."""
+    _check_kinds(query, key, value, "[batch, heads, seq, head_dim]")
+    batch, heads, q_len, qk_dim = query.shape
+    kv_heads, kv_len, v_dim = value.shape[1:]
+    fit = key.shape == (batch, kv_heads, kv_len, qk_dim) and value.shape[0] == batch
+    _check_fit(query, key, value, fit, "batch", heads, kv_heads, qk_dim, v_dim)
+    if q_len > kv_len:
+        raise ValueError(
+            "query must not be longer than key: its rows are the last positions of the sequence; "
+            f"got {_of('shape', query, key, value)}."
+        )
+
+
+def check_packed_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse anything but [total, heads, head_dim] tensors that fit together."""
+    _check_kinds(query, key, value, "[total, heads, head_dim]")
+    total, heads, qk_dim = query.shape
+    kv_heads, v_dim = value.shape[1:]
+    fit = key.shape == (total, kv_heads, qk_dim) and value.shape[0] == total
+    _check_fit(query, key, value, fit, "length", heads, kv_heads, qk_dim, v_dim)
+
+
+def _check_kinds(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}.")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be one of {DTYPES}, got {name}.dtype={tensor.dtype}.")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {name}.layout={tensor.layout}.")
+        if tensor.dim() != layout.count(",") + 1:
+            raise ValueError(f"{name} must be {layout}, got {name}.shape={tuple(tensor.shape)}.")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"query, key and value must have one dtype, got {_of('dtype', query, key, value)}."
+        )
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            f"query, key and value must be on one device, got {_of('device', query, key, value)}."
+        )
+
+
+def _check_fit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fit: bool,
+    shared: str,
+    heads: int,
+    kv_heads: int,
+    qk_dim: int,
+    v_dim: int,
+) -> None:
+    if not fit:
+        raise ValueError(
+            f"query, key and value must agree in {shared}, query and key in head width, "
+            f"key and value in heads and length; got {_of('shape', query, key, value)}."
+        )
+    if kv_heads == 0 or heads == 0 or heads % kv_heads != 0:
+        raise ValueError(
+            "query's heads must be a multiple of key's, at least 1; "
+            f"got {_of('shape', query, key, value)}."
+        )
+    if qk_dim == 0 or v_dim == 0:
+        raise ValueError(f"head widths must be at least 1, got {_of('shape', query, key, value)}.")
+
+
+def _of(attribute: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Only on the way to an error: a compiler would take a printed length for a constant."""
+    show: Callable[[object], object] = tuple if attribute == "shape" else str  # type: ignore[assignment]
+    return ", ".join(
+        f"{name}.{attribute}={show(getattr(tensor, attribute))}"
+        for name, tensor in (("query", query), ("key", key), ("value", value))
+    )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Refuse anything but a row of integers; what they say is checked by `document_lengths`."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got a {type(cu_seqlens).__name__}.")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"cu_seqlens must be int32 or int64, got cu_seqlens.dtype={cu_seqlens.dtype}."
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(
+            f"cu_seqlens must be [documents + 1], got cu_seqlens.shape={tuple(cu_seqlens.shape)}."
+        )
+
+
+def make_request(
+    query: Tensor,
+    pattern: HasMask,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Request:
+    """The options of a call, checked, and the scale filled in."""
+    if isinstance(pattern, type) or not isinstance(pattern, HasMask):
+        kind = type(pattern).__name__
+        found = f"the class {pattern.__name__}" if isinstance(pattern, type) else f"a {kind}"
+        raise TypeError(
+            f"pattern must be a Pattern or have a method mask(seq_len, num_heads), got {found}."
+        )
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    check_finite("scale", scale)
+    check_probability("dropout_p", dropout_p)
+    return Request(pattern, float(scale), float(dropout_p), return_lse, cu_seqlens)
+
+
+def check_finite(name: str, number: float) -> None:
+    """Refuse anything but a finite number."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"{name} must be a float, got {name}={number!r}.")
+    # An int may be too large for a float to hold.
+    if not abs(number) <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got {name}={number!r}.")
+
+
+def check_probability(name: str, number: float) -> None:
+    """Refuse anything but a number from 0 to 1."""
+    check_finite(name, number)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {name}={number}.")

@@ -1,0 +1,301 @@
+"""Strided and local patterns in plain PyTorch: how backend "eager" runs them.
+
+The sequence is laid out in lines as wide as the stride (or the window), its last position at the
+end of the last line. With width 4 and 10 positions,
+
+    . . 0 1
+    2 3 4 5
+    6 7 8 9
+
+position 8 reads its **window** 5 6 7 8: of its own line what does not lie to its right, of the line
+above what does. A strided query also reads its **column**, here 4 and 0. Both are dense products,
+[l, 2l] a line and [lines, lines] a column, in one softmax; memory grows like
+q_len · (2l + kv_len/l), and no mask grows faster. Queries that fit into one line are computed
+alone, without the rest of it. The backward computes the scores anew.
+
+A value that is not finite makes the whole output of its readers NaN, and of nobody else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from colonnade.ops.autocast import without_autocast
+from colonnade.ops.dropout import Dropout, draw_seed
+from colonnade.ops.request import Request
+from colonnade.pattern import LocalPattern, Part, StridedPattern
+from colonnade.plan import num_rows
+from colonnade.shapes import Key, LogSumExp, Output, Query, Value
+
+Reads = Literal["window"] | Part
+"""The parts of a strided pattern, or a window alone. As printed, "local" reads one key more."""
+
+
+def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
+    """softmax(scale · q kᵀ) v over windows and columns, and the log of its denominator."""
+    pattern, dropout_p = request.pattern, request.dropout_p
+    width: int
+    reads: Reads
+    if isinstance(pattern, StridedPattern):
+        width, reads = pattern.stride, pattern.part
+    else:
+        assert isinstance(pattern, LocalPattern)
+        width, reads = pattern.window, "window"
+    seed = draw_seed(dropout_p)
+    out, lse = _forward(query, key, value, width, reads, request.scale, dropout_p, seed)
+    return out, lse
+
+
+class _Window:
+    """The line above and the own line: [above ; own], 2·width keys for each query."""
+
+    def __init__(self, q_lines: int, q_columns: int, real: Tensor, as_printed: bool) -> None:
+        self.q_lines = q_lines
+        self.q_columns = q_columns
+        self.as_printed = as_printed
+        width = real.shape[-2]
+        self.num_keys = 2 * width
+        column = torch.arange(width, device=real.device)
+        q_column = column[width - q_columns :, None]
+        itself, own, above = column == q_column, column <= q_column, column > q_column
+        if as_printed:
+            above = above | itself
+        band = torch.cat([above, own], -1)
+        # Padding in front reads itself, so that no softmax is empty.
+        always = torch.cat([torch.zeros_like(itself), itself], -1)
+        self.visible = band & self._keys(real)[..., 0][..., None, :] | always
+
+    def products(self, q: Tensor, k: Tensor) -> Tensor:
+        """q kᵀ for every key, visible or not: […, q_lines, q_columns, keys]."""
+        return q @ self._keys(k).mT
+
+    def weigh(self, weights: Tensor, v: Tensor) -> Tensor:
+        """The keys' values, weighted for each query: […, q_lines, q_columns, D]."""
+        return weights @ self._keys(v)
+
+    def spread(self, weights: Tensor, x: Tensor, into: Tensor) -> None:
+        """Add the queries' x, weighted for each key, to lines of keys […, lines, width, D]."""
+        above, own = (weights.mT @ x).chunk(2, -2)
+        first = into.shape[-3] - self.q_lines
+        into[..., first:, :, :] += own
+        # What would lie above the first line of keys has no weight.
+        hidden = 1 if first == 0 else 0
+        into[..., first - 1 + hidden : into.shape[-3] - 1, :, :] += above[..., hidden:, :, :]
+
+    def reaches(self, bad: Tensor) -> Tensor:
+        """Whether a marked key lies in a query's window, by sums along lines."""
+        above, own = self._keys(bad.long()).chunk(2, -2)
+        to_the_right = above.flip(-2).cumsum(-2).flip(-2)
+        if not self.as_printed:
+            to_the_right = to_the_right - above
+        reached = (own.cumsum(-2) + to_the_right) > 0
+        return reached[..., reached.shape[-2] - self.q_columns :, :]
+
+    def _keys(self, lines: Tensor) -> Tensor:
+        """[…, lines, width, D] as […, q_lines, 2·width, D], for each line of queries."""
+        first, stop = lines.shape[-3] - self.q_lines, lines.shape[-3]
+        above = F.pad(lines, (0, 0, 0, 0, 1, 0))[..., first:stop, :, :]
+        return torch.cat([above, lines[..., first:, :, :]], -2)
+
+
+class _Column:
+    """The keys above a query, one for each line; `with_itself`, its own position too."""
+
+    def __init__(self, q_lines: int, q_columns: int, real: Tensor, with_itself: bool) -> None:
+        self.q_lines = q_lines
+        self.first_column = real.shape[-2] - q_columns
+        lines = self.num_keys = real.shape[-3]
+        line = torch.arange(lines, device=real.device)
+        q_line = line[lines - q_lines :, None]
+        above = (line < q_line)[:, None] & self._under(real)[..., 0].mT
+        self.visible = above | ((line == q_line) & with_itself)[:, None]
+
+    def products(self, q: Tensor, k: Tensor) -> Tensor:
+        """q kᵀ for every line, above or not: […, q_lines, q_columns, lines]."""
+        return (q.transpose(-3, -2) @ self._under(k).transpose(-3, -2).mT).transpose(-3, -2)
+
+    def weigh(self, weights: Tensor, v: Tensor) -> Tensor:
+        """The keys' values, weighted for each query: […, q_lines, q_columns, D]."""
+        return (weights.transpose(-3, -2) @ self._under(v).transpose(-3, -2)).transpose(-3, -2)
+
+    def spread(self, weights: Tensor, x: Tensor, into: Tensor) -> None:
+        """Add the queries' x, weighted for each key, to lines of keys […, lines, width, D]."""
+        spread = weights.transpose(-3, -2).mT @ x.transpose(-3, -2)
+        self._under(into).add_(spread.transpose(-3, -2))
+
+    def reaches(self, bad: Tensor) -> Tensor:
+        """Whether a marked key lies in a query's column, or is its own, by sums down the lines."""
+        counts = self._under(bad).long().cumsum(-3)
+        return counts[..., self.num_keys - self.q_lines :, :, :] > 0
+
+    def _under(self, lines: Tensor) -> Tensor:
+        """The columns of […, lines, width, D] that hold queries."""
+        return lines[..., self.first_column :, :]
+
+
+class _Laid:
+    """The operands in lines, in the type that is computed in."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, width: int, reads: Reads, scale: float
+    ) -> None:
+        self.compute = torch.promote_types(query.dtype, torch.float32)
+        self.q_len, self.kv_len, self.kv_heads = query.shape[2], key.shape[2], key.shape[1]
+        # Lines longer than the sequence would be padding; they read what lines of its length do.
+        self.width = max(min(width, self.kv_len), 1)
+        bad = ~value.isfinite().all(-1, keepdim=True)
+        self.q_lines = num_rows(self.q_len, self.width)
+        self.q_columns = self.q_len if self.q_lines == 1 else self.width
+        self.q = self.queries(query) * scale
+        self.k = self._lines(key[:, :, None].to(self.compute))
+        self.v = self._lines(value.masked_fill(bad, 0.0)[:, :, None].to(self.compute))
+        real = torch.ones(self.kv_len, 1, dtype=torch.bool, device=key.device)
+        real, sizes = self._lines(real), (self.q_lines, self.q_columns)
+        self.pieces: list[_Window | _Column] = []
+        if reads != "summary":
+            self.pieces.append(_Window(*sizes, real, as_printed=reads == "local"))
+        if reads in ("merged", "summary"):
+            self.pieces.append(_Column(*sizes, real, with_itself=reads == "summary"))
+        bad = self._lines(bad[:, :, None])
+        self.reached = torch.stack([piece.reaches(bad) for piece in self.pieces]).any(0)
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """[B, Hq, Tq, D] as [B, Hkv, G, q_lines, q_columns, D]."""
+        grouped: Tensor = tensor.unflatten(1, (self.kv_heads, -1)).to(self.compute)
+        return grouped[..., None, :, :] if self.q_lines == 1 else self._lines(grouped)
+
+    def _lines(self, tensor: Tensor) -> Tensor:
+        """[…, n, D] as […, lines, width, D], zeros in front of the first position."""
+        length = tensor.shape[-2]
+        lines = num_rows(length, self.width)
+        padded = F.pad(tensor, (0, 0, lines * self.width - length, 0))
+        laid_out: Tensor = padded.unflatten(-2, (lines, self.width))
+        return laid_out
+
+    def unlaid(self, lines: Tensor, length: int) -> Tensor:
+        """[B, Hkv, G, lines, width, D] as [B, Hkv·G, length, D]."""
+        flat = lines.flatten(-3, -2)
+        return flat[..., flat.shape[-2] - length :, :].flatten(1, 2).contiguous()
+
+    def scores(self) -> Tensor:
+        """q kᵀ of all pieces side by side, -inf where a query does not read a key."""
+        visible = [piece.visible for piece in self.pieces]
+        products = [piece.products(self.q, self.k) for piece in self.pieces]
+        masked = [
+            p.masked_fill_(~seen, -math.inf) for p, seen in zip(products, visible, strict=True)
+        ]
+        return torch.cat(masked, -1)
+
+    def split(self, weights: Tensor) -> list[tuple[_Window | _Column, Tensor]]:
+        """Each piece with its share of what lies side by side."""
+        parts = weights.split([piece.num_keys for piece in self.pieces], -1)
+        return list(zip(self.pieces, parts, strict=True))
+
+
+# The schemas are spelled out: read off annotations they would depend on who wraps the functions.
+_OPTIONS = "int width, str reads, float scale, float dropout_p, Tensor? seed"
+_FORWARD = f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor lse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("colonnade::windowed_forward", mutates_args=(), schema=_FORWARD)
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    reads: Reads,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    laid = _Laid(query, key, value, width, reads, scale)
+    scores = laid.scores()
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = scores.sub_(lse).exp_()
+    weights *= Dropout(dropout_p, seed, query.device).factors(weights)
+    outs = [piece.weigh(own, laid.v) for piece, own in laid.split(weights)]
+    # A value that is not finite reaches its readers, and nobody else as 0 · NaN.
+    out = sum(outs[1:], outs[0]).masked_fill_(laid.reached, math.nan)
+    out, lse = (laid.unlaid(t, laid.q_len) for t in (out, lse))
+    return out.to(query.dtype), lse[..., 0].contiguous()
+
+
+@_forward.register_fake
+def _forward_fake(
+    query: Tensor, key: Tensor, value: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty(*query.shape[:3], value.shape[3]),
+        query.new_empty(query.shape[:3], dtype=compute),
+    )
+
+
+@torch.library.custom_op("colonnade::windowed_backward", mutates_args=(), schema=_BACKWARD)
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    width: int,
+    reads: Reads,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    laid = _Laid(query, key, value, width, reads, scale)
+    d_out = laid.queries(grad_out)
+    weights = laid.scores().sub_(laid.queries(lse[..., None])).exp_()
+    kept = Dropout(dropout_p, seed, query.device).factors(weights)
+    d_weights = torch.cat([piece.products(d_out, laid.v) for piece in laid.pieces], -1).mul_(kept)
+    delta = (weights * d_weights).sum(-1, keepdim=True) - laid.queries(grad_lse[..., None])
+    d_scores = d_weights.sub_(delta).mul_(weights)
+    d_query = [piece.weigh(own, laid.k) for piece, own in laid.split(d_scores)]
+    d_key, d_value = (t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in (laid.k, laid.v))
+    for (piece, own_scores), (_, own_weights) in zip(
+        laid.split(d_scores), laid.split(weights.mul_(kept)), strict=True
+    ):
+        piece.spread(own_scores, laid.q, d_key)
+        piece.spread(own_weights, d_out, d_value)
+    d_key, d_value = (t.sum(2, keepdim=True) for t in (d_key, d_value))
+    return (
+        laid.unlaid(sum(d_query[1:], d_query[0]).mul_(scale), laid.q_len).to(query.dtype),
+        laid.unlaid(d_key, laid.kv_len).to(key.dtype),
+        laid.unlaid(d_value, laid.kv_len).to(value.dtype),
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *ctx.options, seed = inputs
+    ctx.save_for_backward(query, key, value, output[1], seed)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, seed = ctx.saved_tensors
+    # The caller's autocast would run the float32 products in half precision.
+    with without_autocast(grad_out.device.type):
+        grads = _backward(grad_out, grad_lse, *saved, *ctx.options, seed)
+    return (*grads, *[None] * 5)
+
+
+torch.library.register_autograd(
+    "colonnade::windowed_forward", _gradients, setup_context=_setup_context
+)
