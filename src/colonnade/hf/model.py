@@ -20,9 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from colonnade.hf.attention import NAME, PatternMask, pattern_of
+from colonnade.hf.attention import NAME, PatternMask, patterns_of
 from colonnade.hf.configuration import SparseTransformerConfig
-from colonnade.nn import ResidualBlock, SelfAttention, TextEmbedding
+from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbedding
 
 
 class SparseTransformerAttention(nn.Module):
@@ -35,9 +35,10 @@ class SparseTransformerAttention(nn.Module):
         self.layer = SelfAttention(
             config.hidden_size,
             config.num_attention_heads,
-            pattern_of(config),
+            patterns_of(config, layer_idx),
             config.num_key_value_heads,
             config.qk_size,
+            config.attention_dropout,
         )
 
     def forward(
@@ -54,7 +55,8 @@ class SparseTransformerAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, _no_dense_attention
         )
-        out, _ = attend(self, query, key, value, attention_mask, **kwargs)
+        dropout = self.layer.dropout if self.training else 0.0
+        out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, **kwargs)
         return self.layer.merge_heads(out.transpose(1, 2))
 
 
@@ -110,7 +112,8 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             assert config.embedding_std is not None, "the configuration fills it in"
-            tables = 1 if module is self.get_input_embeddings() else 2
+            is_token = module is self.get_input_embeddings()
+            tables = 1 if is_token else 2 if config.image_shape is None else 3
             initialization.normal_(module.weight, std=config.embedding_std / math.sqrt(tables))
         elif module is self.get_output_embeddings():
             # Zero logits: the first loss is exactly log2(vocab_size) bits.
@@ -137,8 +140,11 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
 
     def __init__(self, config: SparseTransformerConfig) -> None:
         super().__init__(config)
-        self.embedding = TextEmbedding(
-            config.vocab_size, config.hidden_size, config.max_position_embeddings, config.stride
+        sizes = config.vocab_size, config.hidden_size
+        self.embedding = (
+            TextEmbedding(*sizes, config.max_position_embeddings, config.stride)
+            if config.image_shape is None
+            else ImageEmbedding(*sizes, *config.image_shape)
         )
         self.layers = nn.ModuleList(
             SparseTransformerLayer(config, index) for index in range(config.num_hidden_layers)
@@ -171,27 +177,36 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         """Hidden states [batch, seq_len, hidden_size] of tokens, or of their embeddings.
 
         Raises:
-            ValueError: Both or neither of `input_ids` and `inputs_embeds`, or a position that the
-                model has no embedding for.
-            NotImplementedError: Padded or packed rows.
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`, a 4-D attention mask, a
+                position that the model has no embedding for, or a cache for packed rows.
+            NotImplementedError: A mask of another kind, or a cache that drops positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embedding.token(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
+            attention_mask = None  # transformers looks for packed rows only where there is none.
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # Packed rows are found only without a cache, and those with one have to be refused.
+        is_fresh = isinstance(past_key_values, DynamicCache) and not seen
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=None if is_fresh else past_key_values,
             position_ids=position_ids,
         )
+        packed = isinstance(mask, PatternMask) and mask.is_packed
+        if packed and past_key_values is not None:
+            raise ValueError(
+                "packed rows (position_ids that restart) cannot be continued, so they take no "
+                "cache. Leave past_key_values out."
+            )
+        if use_cache and past_key_values is None and not packed:
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            length = inputs_embeds.shape[1]
-            position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
+            position_ids = _positions(inputs_embeds, attention_mask, seen)
         self._check_positions(position_ids)
         hidden_states = inputs_embeds + self.embedding.positions(position_ids)
         for layer in self.layers:
@@ -214,6 +229,14 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
                 f"{int(position_ids.min())} to {int(position_ids.max())} "
                 f"and max_position_embeddings={limit}."
             )
+
+
+def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
+    """Positions from each row's first token on; padding has position 0 or that of its neighbour."""
+    length = inputs_embeds.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
 
 
 class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationMixin):
@@ -242,8 +265,11 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
 
         Args:
             input_ids: [batch, seq_len] tokens.
-            attention_mask: [batch, positions so far], all ones: padding is not there yet.
-            position_ids: [batch or 1, seq_len]; from the cache's length on if None.
+            attention_mask: [batch, positions so far], 0 where there is padding, on either side.
+                Each row's tokens give what they would give alone.
+            position_ids: [batch or 1, seq_len]; counted from each row's first token if None.
+                Without `attention_mask` and cache, a row whose positions restart is packed: nothing
+                crosses from one document to another.
             past_key_values: Keys and values of earlier positions.
             inputs_embeds: [batch, seq_len, hidden_size] in place of `input_ids`.
             labels: [batch, seq_len]; label t is compared with the prediction from position t - 1,

@@ -2,6 +2,6 @@
 
 from colonnade.nn.attention import SelfAttention
 from colonnade.nn.block import FeedForward, ResidualBlock
-from colonnade.nn.embedding import TextEmbedding
+from colonnade.nn.embedding import ImageEmbedding, TextEmbedding
 
-__all__ = ["FeedForward", "ResidualBlock", "SelfAttention", "TextEmbedding"]
+__all__ = ["FeedForward", "ImageEmbedding", "ResidualBlock", "SelfAttention", "TextEmbedding"]

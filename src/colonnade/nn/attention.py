@@ -3,55 +3,61 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from colonnade.ops import attention
-from colonnade.pattern import Pattern, check_count
-from colonnade.shapes import Hidden, Key, Output, Query, Rotary, Value
+from colonnade.nn.heads import Patterns, attend, check_patterns
+from colonnade.nn.packing import Packing
+from colonnade.ops.check import check_probability
+from colonnade.pattern import check_count
+from colonnade.shapes import CuSeqlens, Hidden, Key, Output, Query, Rotary, Value
 
 
 class SelfAttention(nn.Module):
     """y = W_p · concat_h(attention(W_q x, W_k x, W_v x)_h), every projection with a bias.
 
+    The three ways to use a factorization (Child et al. 2019, section 5.1) are, with a merged
+    pattern p: p itself, `p.factors()[r % 2]` in layer r (interleaved), and the tuple `p.factors()`
+    (multi-head: in every layer some heads read A1, the others A2).
+
     Args:
         embed_dim: Width of x and y; a multiple of `num_heads`.
         num_heads: Query heads.
-        pattern: Which positions each position reads.
+        pattern: Which positions each position reads. A tuple of p patterns splits the key heads
+            into p runs, the first ones longer by one where they do not divide; each run is counted
+            from 0 for its sub-blocks.
         num_kv_heads: Key/value heads, a divisor of `num_heads`; `num_heads` if None.
         qk_dim: Width of the queries, summed over heads; `embed_dim` if None. The paper's
             "half-size" queries and keys are `embed_dim // 2`.
+        dropout: Probability of dropping a weight of the attention, in training. The paper drops at
+            the end of a residual branch only, see `ResidualBlock`.
 
     Raises:
-        TypeError: A count is not an integer, or `pattern` is no pattern.
-        ValueError: Widths and heads do not divide.
-        NotImplementedError: A tuple of patterns.
+        TypeError: A count is not an integer, or `pattern` is neither a pattern nor a tuple of them.
+        ValueError: Widths and heads do not divide, or fewer key heads than patterns.
     """
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
-        pattern: Pattern,
+        pattern: Patterns,
         num_kv_heads: int | None = None,
         qk_dim: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         qk_dim = embed_dim if qk_dim is None else qk_dim
         _check_sizes(embed_dim, num_heads, num_kv_heads, qk_dim)
-        if isinstance(pattern, tuple):
-            raise NotImplementedError(
-                "a tuple of patterns (heads that read different factors) is not there yet, "
-                f"got pattern={pattern}. Give one pattern."
-            )
-        if not isinstance(pattern, Pattern):
-            raise TypeError(f"pattern must be a Pattern, got a {type(pattern).__name__}.")
+        check_patterns(pattern, num_kv_heads)
+        check_probability("dropout", dropout)
         self.pattern = pattern
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.qk_head_dim = qk_dim // num_heads
         self.v_head_dim = embed_dim // num_heads
+        self.dropout = dropout
         self.query_proj = nn.Linear(embed_dim, qk_dim)
         self.key_proj = nn.Linear(embed_dim, num_kv_heads * self.qk_head_dim)
         self.value_proj = nn.Linear(embed_dim, num_kv_heads * self.v_head_dim)
@@ -61,8 +67,8 @@ class SelfAttention(nn.Module):
         self,
         x: Hidden,
         cache: object = None,
-        cu_seqlens: Tensor | None = None,
-        padding_mask: Tensor | None = None,
+        cu_seqlens: CuSeqlens | None = None,
+        padding_mask: Bool[Tensor, "batch seq_len"] | None = None,
         rotary: Rotary | None = None,
     ) -> Hidden:
         """Attend from every position of x to the positions that the pattern lets it read.
@@ -70,24 +76,33 @@ class SelfAttention(nn.Module):
         Args:
             x: [batch, seq_len, embed_dim].
             cache: Not there yet; only None is taken.
-            cu_seqlens: Not there yet; only None is taken.
-            padding_mask: Not there yet; only None is taken.
+            cu_seqlens: [documents + 1]: where documents begin and end that lie one after the other
+                in x, whose batch is 1. See `attention_varlen`.
+            padding_mask: [batch, seq_len], True where there is a token. Each row gives what its
+                tokens alone would give, and 0 where there is none; blocks are counted from its
+                first token.
             rotary: (cos, sin), each [batch or 1, seq_len, qk_dim / num_heads], applied to queries
                 and keys: t · cos + rotate_half(t) · sin, rotate_half(a, b) = (-b, a) on the halves.
 
         Raises:
-            NotImplementedError: An argument that is not there yet.
+            TypeError: `padding_mask` is no bool tensor, or `cu_seqlens` no tensor of integers.
+            ValueError: Shapes that do not fit, or both `cu_seqlens` and `padding_mask`.
+            NotImplementedError: A cache.
         """
-        for name, given in (
-            ("cache", cache),
-            ("cu_seqlens", cu_seqlens),
-            ("padding_mask", padding_mask),
-        ):
-            if given is not None:
-                raise NotImplementedError(f"SelfAttention does not take {name} yet; leave it None.")
+        if cache is not None:
+            raise NotImplementedError("SelfAttention does not take cache yet; leave it None.")
+        _check_layout(x, cu_seqlens, padding_mask)
+        if padding_mask is not None:
+            packing = Packing.of_padded(padding_mask)
+            if rotary is not None:
+                cos, sin = (packing.pack(angle.expand(len(x), -1, -1)) for angle in rotary)
+                rotary = (cos[None], sin[None])
+            tokens = packing.pack(x)[None]
+            return packing.unpack(self(tokens, None, packing.cu_seqlens, None, rotary)[0])
         query, key, value = self.project(x, rotary)
-        out = attention(query, key, value, self.pattern)
-        assert isinstance(out, Tensor)
+        dropout = self.dropout if self.training else 0.0
+        documents = None if cu_seqlens is None else Packing(1, x.shape[1], None, cu_seqlens)
+        out = attend(query, key, value, self.pattern, documents, dropout_p=dropout)
         return self.merge_heads(out)
 
     def project(self, x: Hidden, rotary: Rotary | None = None) -> tuple[Query, Key, Value]:
@@ -143,4 +158,26 @@ def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, qk_dim: int)
         raise ValueError(
             "num_heads must be a multiple of num_kv_heads, "
             f"got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
+        )
+
+
+def _check_layout(x: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
+    if cu_seqlens is not None and padding_mask is not None:
+        raise ValueError(
+            "give cu_seqlens or padding_mask, not both: packed documents have no padding."
+        )
+    if cu_seqlens is not None and x.shape[0] != 1:
+        raise ValueError(
+            "with cu_seqlens the documents lie in one row: x must be [1, total, embed_dim], "
+            f"got x.shape={tuple(x.shape)}."
+        )
+    if padding_mask is None:
+        return
+    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
+        found = getattr(padding_mask, "dtype", type(padding_mask).__name__)
+        raise TypeError(f"padding_mask must be a bool tensor, True at tokens, got {found}.")
+    if padding_mask.shape != x.shape[:2]:
+        raise ValueError(
+            "padding_mask must be [batch, seq_len] of x, got "
+            f"padding_mask.shape={tuple(padding_mask.shape)} and x.shape={tuple(x.shape)}."
         )

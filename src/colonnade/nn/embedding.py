@@ -1,4 +1,4 @@
-"""The paper's embedding of text: tokens, and where they lie in a matrix as wide as the stride."""
+"""The paper's embeddings: a token, and where it lies in a text or in an image (section 5.3)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from colonnade.plan import num_rows, row_and_column
 from colonnade.shapes import Hidden
 
+PositionIds = Int[Tensor, "#batch seq_len"]
+
 
 class TextEmbedding(nn.Module):
-    """token(x_i) + row(i // stride) + column(i mod stride), three learned tables (section 5.3).
+    """token(x_i) + row(i // stride) + column(i mod stride), three learned tables.
 
     Args:
         vocab_size: Number of tokens.
@@ -26,17 +28,51 @@ class TextEmbedding(nn.Module):
         self.row = nn.Embedding(num_rows(max_positions, stride), embed_dim)
         self.column = nn.Embedding(stride, embed_dim)
 
-    def positions(self, position_ids: Int[Tensor, "#batch seq_len"]) -> Hidden:
+    def positions(self, position_ids: PositionIds) -> Hidden:
         """The position part alone, for tokens that are embedded already."""
         row, column = row_and_column(position_ids, self.stride)
         embedded: Tensor = self.row(row) + self.column(column)
         return embedded
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "batch seq_len"],
-        position_ids: Int[Tensor, "#batch seq_len"],
-    ) -> Hidden:
+    def forward(self, input_ids: Int[Tensor, "batch seq_len"], position_ids: PositionIds) -> Hidden:
         """[batch, seq_len, embed_dim]; positions count from 0 and lie below `max_positions`."""
+        embedded: Tensor = self.token(input_ids) + self.positions(position_ids)
+        return embedded
+
+
+class ImageEmbedding(nn.Module):
+    """token(x_i) + row + column + channel of byte i of an image, four learned tables.
+
+    Bytes lie row by row, pixel by pixel, channel by channel: byte i is channel i mod C of pixel
+    i // C, which lies in column (i // C) mod W of row i // (C · W).
+
+    Args:
+        vocab_size: Number of tokens; 256 for bytes.
+        embed_dim: Width of the embedding.
+        height: Rows of the image.
+        width: Pixels W of a row.
+        channels: Bytes C of a pixel.
+    """
+
+    def __init__(
+        self, vocab_size: int, embed_dim: int, height: int, width: int, channels: int
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.channels = channels
+        self.token = nn.Embedding(vocab_size, embed_dim)
+        self.row = nn.Embedding(height, embed_dim)
+        self.column = nn.Embedding(width, embed_dim)
+        self.channel = nn.Embedding(channels, embed_dim)
+
+    def positions(self, position_ids: PositionIds) -> Hidden:
+        """The position part alone, for tokens that are embedded already."""
+        pixel, channel = row_and_column(position_ids, self.channels)
+        row, column = row_and_column(pixel, self.width)
+        embedded: Tensor = self.row(row) + self.column(column) + self.channel(channel)
+        return embedded
+
+    def forward(self, input_ids: Int[Tensor, "batch seq_len"], position_ids: PositionIds) -> Hidden:
+        """[batch, seq_len, embed_dim]; positions lie in [0, height · width · channels)."""
         embedded: Tensor = self.token(input_ids) + self.positions(position_ids)
         return embedded
