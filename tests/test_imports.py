@@ -1,7 +1,8 @@
 """The law of the tree: which file may import which, read from the source.
 
 pattern → plan → ops → {cache, parallel} → nn → hf → train → cli, with shapes below everything,
-plot beside (patterns and shapes only), and bench beside (whatever lies below hf).
+and beside it plot (patterns and shapes only), cost (these and plan), info (the public names) and
+bench (whatever lies below hf).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ LEVELS = {
 }
 BESIDE = {
     "plot": {"shapes", "pattern"},
+    "cost": {"shapes", "pattern", "plan"},
+    "info": {"__init__"},
     "bench": {"shapes", "pattern", "plan", "ops", "cache", "parallel", "nn", "__init__"},
 }
 MAY_IMPORT = BESIDE | {

@@ -1,4 +1,4 @@
-"""The command `colonnade`: train, evaluate, sample, and show patterns.
+"""The command `colonnade`: train, evaluate, sample, show and count patterns, name the machine.
 
 A user's mistake gets one line on standard error and exit code 2. What an extra brings is imported
 inside the commands, so that a missing one can be named.
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,6 +19,7 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError:
     sys.stderr.write("colonnade: this needs typer and rich; install extra 'train' or 'plot'.\n")
     sys.exit(2)
@@ -25,8 +27,11 @@ except ImportError:
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from colonnade.cost import Cost, Sizes
+    from colonnade.info import Info
+
 app = typer.Typer(
-    help="Fixed factorized attention (Child et al. 2019): train, evaluate, sample, show.",
+    help="Fixed factorized attention (Child et al. 2019): train, evaluate, sample, show, count.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -98,6 +103,13 @@ def train(
         int | None, typer.Option(help="Columns of a block that all later positions read.")
     ] = None,
     subblocks: Annotated[int | None, typer.Option(help="Sub-blocks, one a head in turn.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="fixed, or to compare: strided, local, full.")
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="How factors are used: merged, interleaved, multihead."),
+    ] = None,
     dropout: Annotated[float | None, typer.Option(help="At the end of each branch.")] = None,
     embedding_std: Annotated[
         float | None, typer.Option(help="Standard deviation of a fresh token embedding.")
@@ -120,6 +132,10 @@ def train(
     ] = None,
     recompute: Annotated[
         bool, typer.Option(help="Recompute blocks in the backward pass to save memory.")
+    ] = False,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Each file is a document: none attends to another."),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, as it was started.")
@@ -153,6 +169,8 @@ def train(
                 "stride": stride,
                 "summary": summary,
                 "subblocks": subblocks,
+                "pattern": pattern,
+                "scheme": scheme,
                 "dropout": dropout,
                 "embedding_std": embedding_std,
             }
@@ -163,6 +181,7 @@ def train(
                 "optimizer": optimizer,
             }
             config = SparseTransformerConfig.preset(preset, **_given(model_changes))
+            recipe = run.recipe(preset)
             settings = run.RunSettings(
                 data=None if data is None else str(data.resolve()),
                 steps=0 if steps is None else _at_least_one("steps", steps),
@@ -171,7 +190,8 @@ def train(
                 bf16=run.good_at_bf16() if bf16 is None else bf16,
                 compile=run.has_compiler() if compile_blocks is None else compile_blocks,
                 recompute=recompute,
-                **{**run.RECIPES[preset], **_given(recipe_changes)},
+                pack=pack,
+                **{**recipe, **_given(recipe_changes)},
             )
             run.check(config, settings)
             run.prepare_folder(out, overwrite)
@@ -401,6 +421,210 @@ def _show_picture(pattern: Any, length: int, heads: int, row: int | None, out: P
     assert out is not None
     draw_pattern(pattern, length, out, heads, row)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def cost(
+    length: Annotated[int, typer.Option(help="Positions n of a sequence.")] = 16384,
+    stride: Annotated[int, typer.Option(help="Length l of a block.")] = 128,
+    summary: Annotated[int, typer.Option(help="Summary columns c of a block.")] = 8,
+    subblocks: Annotated[int, typer.Option(help="Sub-blocks, one a key/value head in turn.")] = 1,
+    window: Annotated[
+        int | None, typer.Option(help="Of local attention. Default: the stride.")
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key/value heads. Default: as many as query heads.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Width of the model: of the values, all heads.")] = 512,
+    qk_width: Annotated[
+        int | None, typer.Option(help="Width of the queries, all heads. Default: --width.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers with this pattern.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="Of the cache: float32, bfloat16, float16 or float64.")
+    ] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count what the fixed pattern costs, beside strided, local and full attention.
+
+    All by formulas, so any length is quick. Position i reads its own block up
+    to itself, and the summary columns of all earlier blocks:
+    (i mod l) + 1 + c · floor(i / l) keys.
+
+    Work of a head is 2 · pairs · (qk_dim + v_dim) FLOP forward, two products,
+    and 2 · pairs · (3 · qk_dim + 2 · v_dim) FLOP backward, five products, for
+    the scores are computed again. Shown is the sum over heads, layers and
+    batch, of attention alone: without projections and softmax.
+
+    The cache is the most keys and values that a decoder has to hold at once:
+    of the fixed pattern the open block and c entries of each closed block, so
+    at most l + c · (n / l - 1) a key/value head where l divides n.
+
+    The best stride is sqrt(c · n), rounded, which makes the mean number of
+    keys, about l / 2 + c · n / (2 · l), smallest.
+    """
+    with _one_line_for_mistakes():
+        from colonnade import cost as counting
+        from colonnade.pattern import FixedPattern
+
+        _at_least_one("length", length)
+        pattern = FixedPattern(stride, summary, subblocks)
+        sizes = counting.Sizes(
+            heads=heads,
+            kv_heads=heads if kv_heads is None else kv_heads,
+            width=width,
+            qk_width=width if qk_width is None else qk_width,
+            layers=layers,
+            batch=batch,
+            dtype=dtype,
+        )
+        patterns = counting.comparison(pattern, stride if window is None else window, length)
+        costs = {name: counting.cost(each, length, sizes) for name, each in patterns.items()}
+    if as_json:
+        typer.echo(json.dumps(_cost_as_json(length, sizes, patterns, costs)))
+        return
+    _print_costs(length, sizes, patterns, costs)
+
+
+def _cost_as_json(
+    length: int, sizes: Sizes, patterns: dict[str, Any], costs: dict[str, Cost]
+) -> dict[str, Any]:
+    return {
+        "length": length,
+        **asdict(sizes),
+        "best_stride": patterns["fixed_at_best_stride"].stride,
+        "patterns": {
+            name: {
+                **asdict(patterns[name]),
+                **asdict(found),
+                "times_fewer_than_full": found.times_fewer_than(costs["full"]),
+                "times_fewer_than_strided": found.times_fewer_than(costs["strided"]),
+            }
+            for name, found in costs.items()
+        },
+    }
+
+
+def _print_costs(
+    length: int, sizes: Sizes, patterns: dict[str, Any], costs: dict[str, Cost]
+) -> None:
+    """Three tables, for one would not fit into 80 columns."""
+    fixed, best = patterns["fixed"], patterns["fixed_at_best_stride"]
+    names = {
+        "fixed": f"fixed, stride {fixed.stride:,}",
+        "fixed_at_best_stride": f"fixed, best {best.stride:,}",
+        "strided": f"strided, stride {fixed.stride:,}",
+        "local": f"local, window {patterns['local'].window:,}",
+        "full": "full",
+    }
+    full, strided = costs["full"], costs["strided"]
+    pairs = _table("pairs", "a head", "of full", "fewer than full")
+    work = _table("work", "forward", "backward", "times strided")
+    cache = _table("cache", "entries a head", "keys and values", "of full")
+    for name, cost in costs.items():
+        pairs.add_row(
+            names[name],
+            f"{cost.pairs_per_kv_head[0]:,}",  # Of merged patterns: the same for every head.
+            _percent(cost.share_of_full),
+            _times(cost.times_fewer_than(full)),
+        )
+        work.add_row(
+            names[name],
+            _flops(cost.forward_flops),
+            _flops(cost.backward_flops),
+            _times(strided.times_fewer_than(cost)),
+        )
+        cache.add_row(
+            names[name],
+            f"{cost.cache_entries:,}",
+            _bytes(cost.cache_bytes),
+            _percent(cost.cache_bytes / full.cache_bytes),
+        )
+    console = Console(highlight=False)
+    console.print(
+        f"length {length:,}, summary {fixed.summary:,}, subblocks {fixed.subblocks:,}, "
+        f"heads {sizes.heads:,}, kv_heads {sizes.kv_heads:,}, qk_dim {sizes.qk_dim:,}, "
+        f"v_dim {sizes.v_dim:,}, layers {sizes.layers:,}, batch {sizes.batch:,}, {sizes.dtype}"
+    )
+    console.print(pairs, work, cache)
+
+
+def _table(name: str, *of_numbers: str) -> Table:
+    """Its cells may break into lines, but lose no digit."""
+    table = Table(name)
+    for column in of_numbers:
+        table.add_column(column, justify="right", overflow="fold")
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{_three_digits(100 * share)} %"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} ×" if ratio >= 100 else f"{_three_digits(ratio)} ×"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def _flops(count: int) -> str:
+    return _scaled(count, ("", "k", "M", "G", "T", "P", "E", "Z"), 1000, "FLOP")
+
+
+def _bytes(count: int) -> str:
+    return _scaled(count, ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei", "Zi"), 1024, "B")
+
+
+def _scaled(value: float, prefixes: tuple[str, ...], step: int, unit: str) -> str:
+    """With the largest prefix that leaves at least 1, in three digits or more."""
+    power = 0
+    while value >= step and power < len(prefixes) - 1:
+        value, power = value / step, power + 1
+    return f"{value:,.{0 if power == 0 or value >= 100 else 2}f} {prefixes[power]}{unit}"
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what colonnade runs on here: versions, processor, compiler, GPUs and backends.
+
+    A report of a mistake or of a measurement can start with it; it names no folders.
+    """
+    from colonnade.info import info as collect
+
+    found = collect(["torch", "jaxtyping", *EXTRAS, "typer", "rich"])
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    table = Table(show_header=False)
+    for name, text in _info_lines(found):
+        table.add_row(name, Text(text))  # Not markup: "[train]" is to be read.
+    Console().print(table)
+
+
+def _info_lines(found: Info) -> Iterator[tuple[str, str]]:
+    for package, version in found.versions.items():
+        missing = f"not installed: pip install 'colonnade[{EXTRAS.get(package, 'train')}]'"
+        yield package, version or missing
+    yield "platform", found.platform
+    yield "processor", found.processor
+    yield "instructions", " ".join(found.instructions) or "none known to torch"
+    yield "kernels of torch", found.torch_kernels
+    yield "threads of torch", f"{found.threads}, logical cores: {found.cores or 'unknown'}"
+    headers = "" if found.python_headers else "; no Python.h, so no torch.compile on the CPU"
+    yield "C++ compiler", (found.compiler or "none found; CXX may name one") + headers
+    for gpu in found.gpus:
+        memory = _bytes(gpu["memory_bytes"])
+        yield "GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {memory}"
+    if not found.gpus:
+        yield "GPU", "none that torch can use"
+    for name, why_not in found.backends.items():
+        yield f"backend {name}", why_not or "usable here"
 
 
 if __name__ == "__main__":

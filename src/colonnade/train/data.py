@@ -22,6 +22,9 @@ Bytes = NDArray[np.uint8]
 SPLITS = {"train": (0.0, 0.90), "validation": (0.90, 0.95), "test": (0.95, 1.0)}
 """Shares of the bytes, in order: 90 / 5 / 5, which for enwik8 is the paper's split."""
 
+IGNORED_LABEL = -100
+"""What PyTorch's cross entropy leaves out."""
+
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -67,6 +70,12 @@ class Corpus:
             raise ValueError(f"split must be one of {list(SPLITS)}, got split={name!r}.")
         begin, end = (round(share * len(self)) for share in SPLITS[name])
         return begin, end
+
+    def documents(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """The files, as (first byte, byte after the last), cut to begin … end - 1."""
+        begins = [0, *self._ends[:-1]]
+        cut = ((max(b, begin), min(e, end)) for b, e in zip(begins, self._ends, strict=True))
+        return [(b, e) for b, e in cut if b < e]
 
     def _pieces(self, begin: int, end: int) -> Iterator[Bytes]:
         while begin < end:
@@ -158,8 +167,55 @@ class Windows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.num_windows
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def draw(self, index: int) -> int:
+        """Where window `index` begins."""
         draw = np.random.default_rng((self.seed, index))
-        begin = int(draw.integers(self.begin, self.end - self.context + 1))
+        return int(draw.integers(self.begin, self.end - self.context + 1))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        begin = self.draw(index)
         window = torch.from_numpy(self.corpus.read(begin, begin + self.context)).long()
         return {"input_ids": window, "labels": window}
+
+
+class PackedWindows(Dataset[dict[str, Tensor]]):
+    """`num_windows` windows of `context` bytes, each file in them a document of its own.
+
+    The files of a split are laid end to end in an order that depends on the seed, and windows are
+    cut at random places, so every byte is equally likely. Positions restart at each document (and
+    at the front of the window, which may cut one), and no document's first byte is a label: it is
+    not to be predicted from another's last. Nothing is padded.
+
+    Raises:
+        ValueError: The split is shorter than one window.
+    """
+
+    def __init__(
+        self, corpus: Corpus, split: str, context: int, num_windows: int, seed: int
+    ) -> None:
+        self._windows = Windows(corpus, split, context, num_windows, seed)
+        documents = np.array(corpus.documents(*corpus.split(split)))
+        self._documents = np.random.default_rng(seed).permutation(documents)
+        self._ends = (self._documents[:, 1] - self._documents[:, 0]).cumsum()
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        corpus, context = self._windows.corpus, self._windows.context
+        begin = self._windows.draw(index) - self._windows.begin
+        document = int(self._ends.searchsorted(begin, side="right"))
+        pieces = []
+        missing = context
+        while missing > 0:
+            _, end = self._documents[document]
+            first = int(end - (self._ends[document] - begin))
+            piece = corpus.read(first, min(int(end), first + missing))
+            pieces.append(piece)
+            missing -= len(piece)
+            begin += len(piece)
+            document += 1
+        input_ids = torch.from_numpy(np.concatenate(pieces)).long()
+        position_ids = torch.cat([torch.arange(len(piece)) for piece in pieces])
+        labels = input_ids.masked_fill(position_ids == 0, IGNORED_LABEL)
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

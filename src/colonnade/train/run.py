@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM, byte_tokenizer
 from colonnade.pattern import check_count
-from colonnade.train.data import Corpus, Windows, open_corpus, standard_library
+from colonnade.train.data import Corpus, PackedWindows, Windows, open_corpus, standard_library
 from colonnade.train.optimizer import make_optimizer
 
 SETTINGS_FILE = "run.json"
@@ -66,6 +66,7 @@ class RunSettings:
         bf16: Compute in bfloat16 under autocast.
         compile: Compile the residual blocks with torch.compile.
         recompute: Recompute blocks in the backward pass to save memory.
+        pack: Take each file as a document of its own; nothing attends from one to another.
     """
 
     data: str | None = None
@@ -81,6 +82,7 @@ class RunSettings:
     bf16: bool = False
     compile: bool = False
     recompute: bool = False
+    pack: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> RunSettings:
@@ -102,6 +104,13 @@ class RunSettings:
         temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
         temporary.replace(folder / SETTINGS_FILE)
 
+    def windows(
+        self, corpus: Corpus, split: str, context: int, num_windows: int
+    ) -> Windows | PackedWindows:
+        """The windows of a split, which the run trains on or is watched by."""
+        kind = PackedWindows if self.pack else Windows
+        return kind(corpus, split, context, num_windows, self.seed)
+
     def corpus(self) -> Corpus:
         """The data of the run.
 
@@ -115,6 +124,19 @@ class RunSettings:
                 f"{self.num_bytes}: its training and held-out bytes would mix."
             )
         return corpus
+
+
+def recipe(preset: str) -> dict[str, Any]:
+    """The settings of a run that go with a preset of the model.
+
+    Raises:
+        ValueError: The preset has none: it is not a model of bytes in a row.
+    """
+    if preset not in RECIPES:
+        raise ValueError(
+            f"preset must be one of {sorted(RECIPES)} to train on bytes, got preset={preset!r}."
+        )
+    return RECIPES[preset]
 
 
 def check(config: SparseTransformerConfig, settings: RunSettings) -> None:
@@ -133,8 +155,8 @@ def check(config: SparseTransformerConfig, settings: RunSettings) -> None:
         model = SparseTransformerForCausalLM(config)
     make_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
     corpus = settings.corpus()
-    Windows(corpus, "train", config.max_position_embeddings, 1, settings.seed)
-    _validation_windows(corpus, config.max_position_embeddings, settings.seed)
+    settings.windows(corpus, "train", config.max_position_embeddings, 1)
+    _validation_windows(corpus, config.max_position_embeddings, settings)
 
 
 def good_at_bf16() -> bool:
@@ -273,7 +295,7 @@ def _run(
         folder,
         logging_steps=max(1, settings.steps // 50),
         save_steps=max(1, settings.steps // 5),
-        eval_dataset=_validation_windows(corpus, context, settings.seed),
+        eval_dataset=_validation_windows(corpus, context, settings),
     )
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     trainer.evaluate()
@@ -283,12 +305,13 @@ def _run(
     return trainer
 
 
-def _validation_windows(corpus: Corpus, context: int, seed: int) -> Windows:
+def _validation_windows(
+    corpus: Corpus, context: int, settings: RunSettings
+) -> Windows | PackedWindows:
     """Windows to watch a run by, shorter than the context if the data is short."""
     begin, end = corpus.split("validation")
-    return Windows(
-        corpus, "validation", max(2, min(context, end - begin)), VALIDATION_WINDOWS, seed
-    )
+    context = max(2, min(context, end - begin))
+    return settings.windows(corpus, "validation", context, VALIDATION_WINDOWS)
 
 
 def _make_trainer(
@@ -296,7 +319,7 @@ def _make_trainer(
     corpus: Corpus,
     settings: RunSettings,
     folder: Path,
-    eval_dataset: Windows | None = None,
+    eval_dataset: Windows | PackedWindows | None = None,
     callbacks: list[TrainerCallback] | None = None,
     **arguments: Any,
 ) -> Trainer:
@@ -322,8 +345,8 @@ def _make_trainer(
             dataloader_pin_memory=torch.cuda.is_available(),
             **arguments,
         ),
-        train_dataset=Windows(
-            corpus, "train", context, settings.steps * settings.batch_size, settings.seed
+        train_dataset=settings.windows(
+            corpus, "train", context, settings.steps * settings.batch_size
         ),
         eval_dataset=eval_dataset,
         optimizers=(optimizer, None),
