@@ -22,24 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from colonnade.ops import windowed
 from colonnade.ops.autocast import without_autocast
 from colonnade.ops.dropout import Dropout, draw_seed
-from colonnade.ops.request import (
-    Request,
-    by_documents,
-    document_lengths,
-    in_order,
-    only_heads,
-)
-from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Part, StridedPattern
-from colonnade.plan import (
-    Plan,
-    Row,
-    fixed_plan,
-    head_groups,
-    own_from_slots,
-    packed_plan,
-    table_rows,
-)
-from colonnade.shapes import CuSeqlens, Key, LogSumExp, Output, Query, Value
+from colonnade.ops.planning import make_plan
+from colonnade.ops.request import Request, by_documents, in_order, only_heads
+from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, StridedPattern
+from colonnade.plan import Row, head_groups, table_rows
+from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 FULL_TILE = 128
 """Queries of a full pattern that are computed together."""
@@ -76,7 +63,7 @@ def attend(
     heads = head_groups(pattern, num_kv_heads)
     outs, lses = [], []
     for group in heads:
-        plan = _make_plan(pattern, query.shape[2], key.shape[2], request.cu_seqlens, group)
+        plan = make_plan(pattern, query.shape[2], key.shape[2], request.cu_seqlens, group)
         q, k, v = (only_heads(t, group, num_kv_heads) for t in (query, key, value))
         out, lse = _forward(
             q,
@@ -93,52 +80,6 @@ def attend(
         outs.append(out)
         lses.append(lse)
     return in_order(outs, heads), in_order(lses, heads)
-
-
-@torch.library.custom_op(
-    "colonnade::plan",
-    mutates_args=(),
-    schema="(int stride, int summary, int subblocks, str part, bool causal, "
-    "SymInt q_len, SymInt kv_len, Tensor? cu_seqlens, int[] heads) -> (Tensor, Tensor, Tensor)",
-)
-def _plan(
-    stride: int,
-    summary: int,
-    subblocks: int,
-    part: Part,
-    causal: bool,
-    q_len: int,
-    kv_len: int,
-    cu_seqlens: Tensor | None,
-    heads: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An operation, so that a compiler takes the plan's sizes as they come, for any length."""
-    pattern = FixedPattern(stride, summary, subblocks, part, causal)
-    if cu_seqlens is None:
-        plan = fixed_plan(pattern, q_len, kv_len, heads)
-    else:
-        plan = packed_plan(pattern, document_lengths(cu_seqlens, kv_len), heads)
-    return plan.gather.contiguous(), plan.table, plan.shift
-
-
-@_plan.register_fake
-def _plan_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size
-    heads = len(arguments[-1])
-    return (
-        torch.empty(heads, size(), dtype=torch.long),
-        torch.empty(size(), len(Row._fields), dtype=torch.long),
-        torch.empty(heads, dtype=torch.long),
-    )
-
-
-def _make_plan(
-    pattern: FixedPattern, q_len: int, kv_len: int, cu_seqlens: CuSeqlens | None, heads: range
-) -> Plan:
-    p = pattern
-    sets = p.stride, p.summary, p.subblocks, p.part, p.causal
-    gather, table, shift = _plan(*sets, q_len, kv_len, cu_seqlens, list(heads))
-    return Plan(gather, table, shift, own_from_slots(pattern))
 
 
 def _suits_dense_kernel(

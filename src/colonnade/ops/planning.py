@@ -1,0 +1,63 @@
+"""The plan as an operation: to a compiler its sizes are unknown, so that any length may come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colonnade.ops.request import document_lengths
+from colonnade.pattern import FixedPattern, Part
+from colonnade.plan import Plan, Row, fixed_plan, own_from_slots, packed_plan
+from colonnade.shapes import CuSeqlens
+
+
+def make_plan(
+    pattern: FixedPattern, q_len: int, kv_len: int, cu_seqlens: CuSeqlens | None, heads: range
+) -> Plan:
+    """The plan of the last `q_len` of `kv_len` positions, or of documents, for some key heads.
+
+    Raises:
+        ValueError: What cu_seqlens says does not fit `kv_len`.
+    """
+    p = pattern
+    sets = p.stride, p.summary, p.subblocks, p.part, p.causal
+    gather, table, shift = _plan(*sets, q_len, kv_len, cu_seqlens, list(heads))
+    return Plan(gather, table, shift, own_from_slots(pattern))
+
+
+@torch.library.custom_op(
+    "colonnade::plan",
+    mutates_args=(),
+    schema="(int stride, int summary, int subblocks, str part, bool causal, "
+    "SymInt q_len, SymInt kv_len, Tensor? cu_seqlens, int[] heads) -> (Tensor, Tensor, Tensor)",
+)
+def _plan(
+    stride: int,
+    summary: int,
+    subblocks: int,
+    part: Part,
+    causal: bool,
+    q_len: int,
+    kv_len: int,
+    cu_seqlens: Tensor | None,
+    heads: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    pattern = FixedPattern(stride, summary, subblocks, part, causal)
+    if cu_seqlens is None:
+        plan = fixed_plan(pattern, q_len, kv_len, heads)
+    else:
+        plan = packed_plan(pattern, document_lengths(cu_seqlens, kv_len), heads)
+    return plan.gather.contiguous(), plan.table, plan.shift
+
+
+@_plan.register_fake
+def _plan_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    heads = len(arguments[-1])
+    return (
+        torch.empty(heads, size(), dtype=torch.long),
+        torch.empty(size(), len(Row._fields), dtype=torch.long),
+        torch.empty(heads, dtype=torch.long),
+    )
