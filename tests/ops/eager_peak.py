@@ -24,7 +24,7 @@ PATTERNS: dict[str, Pattern] = {
     "bidirectional": FixedPattern(STRIDE, 8, causal=False),
     "strided": StridedPattern(STRIDE),
     "window": LocalPattern(STRIDE),
-    "wide window": LocalPattern(4_096),
+    "wide window": LocalPattern(16_384),
 }
 
 

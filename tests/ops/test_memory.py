@@ -77,11 +77,11 @@ def test_reading_both_ways_makes_nothing_square() -> None:
 
 
 def test_one_query_needs_no_whole_line() -> None:
-    """Of a window of 4,096 keys among 8,192: a few copies of the keys and values, 4 MB.
+    """Of a window of 16,384 keys among 65,536: six copies of the keys and values, 201 MB.
 
-    What must not be made: the scores of a whole line of queries, 134 MB.
+    What must not be made: the scores of a whole line of queries, 2.1 GB.
     """
-    unit = 2 * 8_192 * WIDTH * FLOAT
-    peak = _peak("wide window", 8_192, 1)
+    unit = 2 * 65_536 * WIDTH * FLOAT
+    peak = _peak("wide window", 65_536, 1)
     print(f"peak beyond results: {peak / unit:.2f} · (k + v)")
     assert peak <= 6 * unit
