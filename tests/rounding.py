@@ -10,10 +10,10 @@ and e the widths of queries and values, and, for a query i that reads w keys,
 a sum of m products is off by at most m·u times the sum of their absolute values, so
 
 1. a score is off by (d + 2)·u·S: d terms, the scale itself, and the product with it;
-2. score - peak is off by u·2S more, exp by a relative 2u, the sum of w weights by w·u; the log-sum-
+2. score - peak is off by u·2S more, exp by a relative 6u, the sum of w weights by w·u; the log-sum-
    exp adds log(sum) and the peak, each at most S + w. Together, as an absolute error of the lse or
    as a relative error of any weight P, normalised by the sum or recomputed from the lse, at most
-       rho = (2(d + 5)·S + 4w + 8)·u;
+       rho = (2(d + 5)·S + 4w + 16)·u;
 3. out = Σ P v is off by rho·Σ P|v|, where the 4w in rho covers the w·u of this sum too;
 4. dP is off by e·u·B, delta = Σ P dP by (rho + (e + w + 1)·u)·D, so, whenever the scale comes in,
    dS = scale·P·(dP - delta + dlse) by sigma·|scale|·P·(B + D + |dlse|) with
@@ -52,7 +52,7 @@ def bounds(case: Case, inputs: Inputs) -> Results:
     width = mask.sum(-1, keepdim=True)
     terms = case.group * case.q_len + case.kv_len
 
-    rho = eps * (2 * (case.qk_dim + 5) * largest + 4 * width + 8)
+    rho = eps * (2 * (case.qk_dim + 5) * largest + 4 * width + 16)
     products = grad_out.abs() @ value.abs().mT
     mean = (weights * products).sum(-1, keepdim=True)
     sigma = 2 * rho + eps * (case.v_dim + width + 6)

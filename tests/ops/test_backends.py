@@ -48,7 +48,7 @@ def test_backends_names_the_usable_ones() -> None:
 
 
 @each_pattern
-def test_auto_takes_eager_for_every_pattern(pattern: Pattern) -> None:
+def test_auto_takes_eager_for_every_pattern_in_float64(pattern: Pattern) -> None:
     case = Case(pattern)
     query, key, value = case.inputs()[:3]
     explanation = explain(query, key, value, pattern)
@@ -56,9 +56,23 @@ def test_auto_takes_eager_for_every_pattern(pattern: Pattern) -> None:
     assert set(explanation.others) == set(backends()) - {"eager"}
     assert str(explanation).splitlines() == [
         "eager runs.",
+        f"native does not run: {explanation.others['native']}.",
         "reference does not run: eager comes first and takes these inputs.",
     ]
     assert torch.equal(_attend(case, pattern, "auto"), _attend(case, pattern, "eager"))
+
+
+@pytest.mark.skipif(backends()["native"] is not None, reason="needs native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_pattern
+def test_auto_takes_native_where_it_runs(pattern: Pattern, dtype: torch.dtype) -> None:
+    """For causal fixed patterns, in the two types that it computes in; with dropout eager does."""
+    inputs = Case(pattern).inputs(dtype)[:3]
+    suits = isinstance(pattern, FixedPattern) and pattern.causal
+    name = "native" if suits else "eager"
+    assert explain(*inputs, pattern).backend == name
+    by_itself, by_name = (attention(*inputs, pattern, backend=b) for b in ("auto", name))
+    assert torch.equal(by_itself, by_name)
 
 
 class _Drawn:
@@ -91,12 +105,16 @@ def test_auto_takes_reference_for_what_eager_declines() -> None:
     query, key, value = case.inputs()[:3]
     explanation = explain(query, key, value, _Drawn())
     assert explanation.backend == "reference"
-    assert list(explanation.others) == ["eager"]
+    assert list(explanation.others) == ["native", "eager"]
     why = explanation.others["eager"]
     assert "_Drawn" in why
     for kind in {type(pattern) for pattern in EXAMPLES.values()}:
         assert kind.__name__ in why
-    assert str(explanation).splitlines() == ["reference runs.", f"eager does not run: {why}."]
+    assert str(explanation).splitlines() == [
+        "reference runs.",
+        f"native does not run: {explanation.others['native']}.",
+        f"eager does not run: {why}.",
+    ]
     assert torch.equal(_attend(case, _Drawn(), "auto"), _attend(case, _Drawn(), "reference"))
     with pytest.raises(NotImplementedError, match=r"backend 'eager'.*_Drawn.*'reference'"):
         _attend(case, _Drawn(), "eager")

@@ -133,7 +133,11 @@ def test_tensors(
         ({"dropout_p": math.nan}, ValueError, "dropout_p must be finite, got dropout_p=nan"),
         ({"dropout_p": None}, TypeError, "got dropout_p=None"),
         ({"dropout_p": False}, TypeError, "got dropout_p=False"),
-        ({"backend": "flash"}, ValueError, r"\['auto', 'eager', 'reference'\].*backend='flash'"),
+        (
+            {"backend": "flash"},
+            ValueError,
+            r"\['auto', 'eager', 'native', 'reference'\].*backend='flash'",
+        ),
         ({"backend": "Eager"}, ValueError, "got backend='Eager'"),
         ({"backend": None}, TypeError, "backend must be a str, got backend=None"),
         ({"pattern": None}, TypeError, "pattern must be a Pattern.*got a NoneType"),

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from colonnade.ops import eager, reference
+from colonnade.ops import eager, native, reference
 from colonnade.ops.autocast import cast_as_autocast_would, without_autocast
 from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_request
 from colonnade.ops.request import Request
@@ -35,6 +35,9 @@ from colonnade.shapes import (
 class Backend(Protocol):
     """What a module in this folder offers to be a backend."""
 
+    def unusable(self) -> str | None:
+        """Why it runs nothing in this process, as a clause after its name; None if it runs."""
+
     def declines(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> str | None:
         """Why it does not take these inputs, as a clause after its name; None if it does."""
 
@@ -44,7 +47,7 @@ class Backend(Protocol):
         """Output and log-sum-exp; None in its place only where nobody asked for it."""
 
 
-BACKENDS: dict[str, Backend] = {"eager": eager, "reference": reference}
+BACKENDS: dict[str, Backend] = {"native": native, "eager": eager, "reference": reference}
 """In the order in which "auto" tries them."""
 
 
@@ -164,8 +167,11 @@ def _run(
 
 
 def backends() -> dict[str, str | None]:
-    """Each backend by name, with the reason why it is not usable here; None: it is."""
-    return dict.fromkeys(sorted(BACKENDS))
+    """Each backend by name, with the reason why it is not usable here; None: it is.
+
+    To know, "native" is compiled if it never was.
+    """
+    return {name: BACKENDS[name].unusable() for name in sorted(BACKENDS)}
 
 
 @dataclass(frozen=True)
@@ -210,13 +216,10 @@ def _choose(query: Tensor, key: Tensor, value: Tensor, request: Request, backend
     if backend != "auto" and backend not in BACKENDS:
         names = ["auto", *sorted(BACKENDS)]
         raise ValueError(f"backend must be one of {names}, got backend={backend!r}.")
-    if backend != "auto":
-        why_not = BACKENDS[backend].declines(query, key, value, request)
-        if why_not is not None:
-            raise NotImplementedError(f"backend {backend!r} {why_not}. Use backend='reference'.")
-        return backend
-    return next(
-        name
-        for name, candidate in BACKENDS.items()
-        if candidate.declines(query, key, value, request) is None
-    )
+    takes = (n for n, b in BACKENDS.items() if b.declines(query, key, value, request) is None)
+    if backend == "auto":
+        return next(takes)
+    why_not = BACKENDS[backend].declines(query, key, value, request)
+    if why_not is not None:
+        raise NotImplementedError(f"backend {backend!r} {why_not}. Use backend={next(takes)!r}.")
+    return backend

@@ -34,6 +34,11 @@ STACKED_SCORES = 2**19
 """How many scores of rows of one shape are computed together: some MB, which fit into a cache."""
 
 
+def unusable() -> None:
+    """It runs wherever PyTorch does."""
+    return
+
+
 def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
     """Why this backend does not take these inputs, or None if it does."""
     pattern = request.pattern

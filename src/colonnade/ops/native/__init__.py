@@ -1,0 +1,106 @@
+"""Backend "native": the plan on CPUs, in C++ over ATen's matrix products. float32 and bfloat16.
+
+`attend` makes the plan and calls one operation, forward or backward; csrc/ has what they do:
+
+    problem.h    the plan's table, and how the work is cut and shared out
+    operands.h   copies in the layout and type that the products want
+    forward.h    tiles of scores, one online softmax
+    backward.h   scores once more, transposed; five products a granule of keys
+    library.cpp  the two operations
+
+The C++ is compiled for the machine at the first use, see `build`. Arm is untested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colonnade.ops.native import build
+from colonnade.ops.planning import make_plan
+from colonnade.ops.request import Request
+from colonnade.pattern import FixedPattern
+from colonnade.shapes import Key, LogSumExp, Output, Query, Value
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+unusable: Callable[[], str | None] = torch.compiler.assume_constant_result(build.unusable)
+"""Why nothing runs here, as a clause; builds the C++ at the first call. None: it runs."""
+
+
+def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
+    """Why this backend does not take these inputs, or None if it does."""
+    pattern = request.pattern
+    if not isinstance(pattern, FixedPattern):
+        return f"runs FixedPattern only, got a {type(pattern).__name__}"
+    if not pattern.causal:
+        return "runs causal patterns only, got causal=False"
+    if query.device.type != "cpu":
+        return f"runs on CPUs only, got query.device={query.device}"
+    if query.dtype not in DTYPES:
+        return f"computes in {' and '.join(map(str, DTYPES))}, got query.dtype={query.dtype}"
+    if request.dropout_p > 0:
+        return f"has no dropout, got dropout_p={request.dropout_p}"
+    return unusable()
+
+
+def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
+    """softmax(scale · q kᵀ) v over what the pattern reads, and the log of its denominator."""
+    pattern = request.pattern
+    assert isinstance(pattern, FixedPattern)
+    plan = make_plan(pattern, query.shape[2], key.shape[2], request.cu_seqlens, range(key.shape[1]))
+    out: Tensor
+    lse: Tensor
+    out, lse = torch.ops.colonnade.native_forward(
+        query, key, value, plan.gather, plan.table, plan.shift, plan.own_from_slots, request.scale
+    )
+    return out, lse
+
+
+_PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
+torch.library.define(
+    "colonnade::native_forward",
+    f"(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "colonnade::native_backward",
+    "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor lse, {_PLAN}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *plan: Any) -> tuple[Tensor, Tensor]:
+    return (
+        query.new_empty(*query.shape[:3], value.shape[3]),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+    )
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, own_from_slots, scale = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.constants = own_from_slots, scale
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.colonnade.native_backward(
+        grad_out, grad_lse, *ctx.saved_tensors, *ctx.constants
+    )
+    return (*grads, *[None] * 5)
+
+
+torch.library.register_fake("colonnade::native_forward", _forward_fake)
+torch.library.register_fake("colonnade::native_backward", _backward_fake)
+torch.library.register_autograd(
+    "colonnade::native_forward", _gradients, setup_context=_setup_context
+)
