@@ -20,13 +20,19 @@ HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2
 FOLDER := import pathlib; print(pathlib.Path(torch.__file__).parents[1])
 OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 
-.PHONY: help install demo test test-slow lint format clean
+# What the sanitizers' libraries need: to be there before Python is, and not to count what Python
+# itself never frees.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+CXX ?= c++
+
+.PHONY: help install demo test test-slow sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
 	@echo 'make demo       train a small model for MINUTES=$(MINUTES), then evaluate, sample and draw it'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
 	@echo 'make test-slow  the tests marked slow'
+	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint       formatting, lint and types'
 	@echo 'make format     reformat, and fix what ruff can fix'
 	@echo 'make clean      remove .venv and caches; runs/ stays'
@@ -82,6 +88,11 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow || \
 	    { code=$$?; [ $$code -eq 5 ] || exit $$code; echo 'No test is marked slow.'; }
+
+sanitize: $(STAMP)
+	COLONNADE_CACHE=build/sanitize COLONNADE_CXXFLAGS='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    $(BIN)/python -m pytest -p no:cacheprovider --timeout 1200 -m 'not plain' tests/ops/test_native.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff format --check
