@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 import colonnade
 from colonnade.cli import app
 from colonnade.train.data import standard_library
+from colonnade.train.run import RunSettings
 
 pytestmark = pytest.mark.plain  # A user's process has no type checks either.
 
@@ -123,6 +124,22 @@ def test_minutes_are_turned_into_steps(text: Path, tmp_path: Path) -> None:
     assert steps >= 1
     assert f"ms a step: {steps} steps fill the 0.05 minutes" in said.stdout
     assert losses(out, steps)[-1][0] <= steps
+
+
+def test_a_folder_of_files_trains_packed(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(60):
+        part = text.read_bytes()[300 * number :][: 40 + 5 * number]
+        (folder / f"{number}.txt").write_bytes(part)
+    for name, choice in {"fixed": ["--scheme", "interleaved"], "strided": []}.items():
+        run = tmp_path / name
+        options = ["--pattern", name, *choice, *SMALL]
+        succeed("train", "--data", folder, "--pack", "--out", run, "--steps", 2, *options)
+        config = json.loads((run / "config.json").read_text())
+        assert config["scheme"] == (choice[-1] if choice else "merged")
+        assert config["pattern"] == name
+        assert RunSettings.load(run).pack
 
 
 def test_eval_prints_the_model_beside_tables_and_compressors(run: Path) -> None:

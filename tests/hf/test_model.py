@@ -52,7 +52,7 @@ def tokens(batch: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("enwik8", 94.95), ("demo", 0.87)],
+    [("enwik8", 94.95), ("cifar10", 59.20), ("imagenet64", 151.65), ("demo", 0.87)],
 )
 def test_presets_have_the_stated_parameters(preset: str, millions: float) -> None:
     with torch.device("meta"):
@@ -285,3 +285,71 @@ def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("colonnade.nn.heads.attention", spy)
     random_model()(tokens(1, 9))
     assert seen == [col.FixedPattern(8, 2, 2)] * 2
+
+
+def _patterns(model: SparseTransformerForCausalLM) -> list[object]:
+    return [layer.block.attention.layer.pattern for layer in model.model.layers]
+
+
+def test_the_scheme_says_what_each_layer_reads() -> None:
+    pattern = col.FixedPattern(8, 2, 2)
+    assert _patterns(random_model()) == [pattern] * 2
+    assert _patterns(random_model(scheme="interleaved")) == list(pattern.factors())
+    assert _patterns(random_model(scheme="multihead")) == [pattern.factors()] * 2
+    assert _patterns(random_model(pattern="strided")) == [col.StridedPattern(8)] * 2
+    assert _patterns(random_model(pattern="local")) == [col.LocalPattern(8)] * 2
+    assert _patterns(random_model(pattern="full")) == [col.FullPattern()] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "dilated"}, "pattern must be one of .*got pattern='dilated'"),
+        ({"scheme": "mixed"}, "scheme must be one of .*got scheme='mixed'"),
+        ({"pattern": "local", "scheme": "interleaved"}, "without factors"),
+        ({"pattern": "full", "scheme": "multihead"}, "without factors"),
+        ({"scheme": "multihead", "num_key_value_heads": 1}, "num_kv_heads=1"),
+        ({"attention_dropout": 1.5}, r"attention_dropout=1\.5"),
+        ({"image_shape": [2, 3, 3]}, "image_shape"),
+        ({"image_shape": [4, 8]}, "image_shape"),
+    ],
+)
+def test_settings_that_do_not_go_together_raise(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_config(**changes)
+
+
+@pytest.mark.plain
+def test_every_setting_is_saved(tmp_path: Path) -> None:
+    changes = {
+        "pattern": "strided",
+        "scheme": "multihead",
+        "image_shape": [2, 5, 3],
+        "attention_dropout": 0.25,
+    }
+    model = random_model(torch.float32, **changes)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for name, value in changes.items():
+        assert getattr(loaded.config, name) == value
+    assert _patterns(loaded) == _patterns(model)
+    ids = tokens(1, 29)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_an_image_model_has_three_position_tables_and_begins_at_eight_bits() -> None:
+    """Each of them smaller by the root of their number."""
+    config = small_config(image_shape=[4, 7, 3], hidden_size=256, qk_size=128, embedding_std=0.5)
+    model = SparseTransformerForCausalLM(config)
+    embedding = model.model.embedding
+    tables = {"row": 4, "column": 7, "channel": 3, "token": 256}
+    for name, rows in tables.items():
+        weight = getattr(embedding, name).weight
+        assert weight.shape == (rows, 256)
+        std = 0.5 if name == "token" else 0.5 / math.sqrt(3)
+        # Five standard deviations of a sample variance of n draws: a chance of 6e-7 a table.
+        spread = 5 * math.sqrt(2 / weight.numel())
+        assert weight.var().item() == pytest.approx(std**2, rel=spread)
+    ids = tokens(1, 29)
+    bits = model(ids, labels=ids).loss.item() / math.log(2)
+    assert bits == pytest.approx(8.0, abs=8 * 4 * torch.finfo(torch.float32).eps)

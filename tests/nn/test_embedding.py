@@ -1,11 +1,11 @@
-"""The embedding of text against Python's own division of positions."""
+"""The embeddings against Python's own division of positions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from colonnade.nn import TextEmbedding
+from colonnade.nn import ImageEmbedding, TextEmbedding
 
 
 @pytest.mark.parametrize("batch_of_positions", [1, 2])
@@ -46,3 +46,22 @@ def test_every_table_learns() -> None:
     for name, expected in counts.items():
         table = getattr(embedding, name)
         assert table.weight.grad.flatten().tolist() == expected
+
+
+def test_the_bytes_of_an_image_lie_row_by_row_pixel_by_pixel() -> None:
+    """Against three nested loops over an image of 2 rows, 3 pixels each, 4 channels."""
+    embedding = ImageEmbedding(11, 5, height=2, width=3, channels=4).double()
+    tokens = torch.randint(11, (2, 24))
+    found = embedding(tokens, torch.arange(24)[None])
+    i = 0
+    for row in range(2):
+        for column in range(3):
+            for channel in range(4):
+                place = embedding.row.weight[row] + embedding.column.weight[column]
+                place = place + embedding.channel.weight[channel]
+                for b in range(2):
+                    expected = embedding.token.weight[tokens[b, i]] + place
+                    torch.testing.assert_close(found[b, i], expected)
+                i += 1
+    with pytest.raises(IndexError):
+        embedding.positions(torch.tensor([[24]]))

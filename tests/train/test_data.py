@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from colonnade.train.data import Corpus, Windows, open_corpus, standard_library
+from colonnade.train.data import (
+    IGNORED_LABEL,
+    Corpus,
+    PackedWindows,
+    Windows,
+    open_corpus,
+    standard_library,
+)
 
 
 def folder_of(tmp_path: Path, files: dict[str, bytes]) -> Path:
@@ -116,3 +123,47 @@ def test_the_standard_library_is_real_text() -> None:
     first = corpus.read(0, 100_000).tobytes()
     assert b"def " in first
     assert b"import " in first
+
+
+def test_documents_are_the_files_cut_to_a_range(tmp_path: Path) -> None:
+    files = {"a": b"aaa", "b": b"", "c": b"cc", "d": b"dddd"}
+    corpus = open_corpus(folder_of(tmp_path, files))
+    assert corpus.documents(0, 9) == [(0, 3), (3, 5), (5, 9)]
+    assert corpus.documents(2, 6) == [(2, 3), (3, 5), (5, 6)]
+    assert corpus.documents(3, 3) == []
+
+
+def _packed(tmp_path: Path, num_windows: int = 400) -> PackedWindows:
+    """25 files of 1 to 25 bytes, all bytes of a file alike; 292 of them train."""
+    files = {f"{n:02}": bytes([n]) * n for n in range(1, 26)}
+    return PackedWindows(open_corpus(folder_of(tmp_path, files)), "train", 40, num_windows, seed=3)
+
+
+def test_packed_windows_hold_documents_whose_positions_restart(tmp_path: Path) -> None:
+    """A run of equal bytes is one file, and is counted from its start or from the window's."""
+    seen = set()
+    for window in (_packed(tmp_path)[i] for i in range(400)):
+        ids, positions = window["input_ids"].tolist(), window["position_ids"].tolist()
+        assert len(ids) == 40
+        begins = [t for t in range(40) if t == 0 or ids[t] != ids[t - 1]]
+        for begin, end in zip(begins, [*begins[1:], 40], strict=True):
+            assert positions[begin:end] == list(range(end - begin))
+            whole = begin > 0 and end < 40
+            if whole and ids[begin] != 24:  # The split cuts file 24.
+                assert end - begin == ids[begin]
+        seen.update(ids)
+    assert seen == set(range(1, 25))
+
+
+def test_no_documents_first_byte_is_a_label(tmp_path: Path) -> None:
+    for window in (_packed(tmp_path)[i] for i in range(50)):
+        first = window["position_ids"] == 0
+        assert (window["labels"][first] == IGNORED_LABEL).all()
+        assert torch.equal(window["labels"][~first], window["input_ids"][~first])
+
+
+def test_a_packed_window_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
+    short, long = _packed(tmp_path, 5), _packed(tmp_path, 400)
+    for i in range(5):
+        assert all(torch.equal(short[i][name], long[i][name]) for name in short[i])
+    assert not torch.equal(long[0]["input_ids"], long[1]["input_ids"])
