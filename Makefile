@@ -25,11 +25,12 @@ OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX ?= c++
 
-.PHONY: help install demo test test-slow sanitize lint format clean
+.PHONY: help install demo bench test test-slow sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
 	@echo 'make demo       train a small model for MINUTES=$(MINUTES), then evaluate, sample and draw it'
+	@echo 'make bench      time attention against what others offer; hours'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -77,6 +78,9 @@ demo: $(STAMP)
 	$(BIN)/colonnade eval $(RUN)
 	$(BIN)/colonnade sample $(RUN) --bytes 400
 	$(BIN)/colonnade show --stride 64 --summary 8 --length 512 --out $(RUN)/pattern.png
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/attention.py
 
 # Run-time type checks would refuse bad input before our own errors could, and stand in a
 # compiler's way: the tests of both are marked plain and run without.

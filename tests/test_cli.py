@@ -142,6 +142,31 @@ def test_a_folder_of_files_trains_packed(text: Path, tmp_path: Path) -> None:
         assert RunSettings.load(run).pack
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["--scheme", "multihead"],
+        ["--pattern", "strided", "--scheme", "interleaved"],
+        ["--pattern", "local", "--pack"],
+        ["--pattern", "full"],
+    ],
+    ids=" ".join,
+)
+def test_any_pattern_and_scheme_trains_evaluates_and_samples(
+    choice: list[str], text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    succeed("train", "--data", text, "--out", out, "--steps", 1, *SMALL, *choice)
+    config = json.loads((out / "config.json").read_text())
+    assert config["pattern"] == (choice[1] if choice[0] == "--pattern" else "fixed")
+    assert config["scheme"] == (choice[-1] if "--scheme" in choice else "merged")
+    assert RunSettings.load(out).pack == ("--pack" in choice)
+    got = json.loads(succeed("eval", out, "--json", "--max-bytes", 300).stdout)
+    assert got["bytes"] == 300
+    assert 4 < got["bits_per_byte"]["model, min context 64"] < 12
+    assert len(succeed("sample", out, "--prompt", "def ", "--bytes", 40).stdout_bytes) == 45
+
+
 def test_eval_prints_the_model_beside_tables_and_compressors(run: Path) -> None:
     table = succeed("eval", run).stdout
     for name in ("model, min context 64", "order-2 table", "gzip -9", "xz -9"):
@@ -231,7 +256,7 @@ def test_info_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    monkeypatch.setattr(colonnade, "backends", lambda: {"native": "it needs a compiler"})
+    monkeypatch.setattr(colonnade, "backends", lambda build: {"native": "it needs a compiler"})
     monkeypatch.setenv("CXX", "no-such-compiler")
     version = metadata.version
 
@@ -291,6 +316,13 @@ def mistakes(run: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[obje
         "stride 0": ([*new, "--stride", 0], "stride must be at least 1, got stride=0"),
         "summary > stride": ([*new, "--summary", 65], "summary=65 and stride=64"),
         "heads": ([*new, "--heads", 3], "embed_dim=128 and num_heads=3"),
+        "pattern": ([*new, "--pattern", "dilated"], "pattern='dilated'"),
+        "scheme": ([*new, "--scheme", "mixed"], "scheme='mixed'"),
+        "no factors": ([*new, "--pattern", "local", "--scheme", "multihead"], "without factors"),
+        "no head for each": (
+            [*new, "--scheme", "multihead", "--heads", 1],
+            "len(pattern)=2 and num_kv_heads=1",
+        ),
         "preset": ([*new, "--preset", "enwik9"], "preset='enwik9'"),
         "optimizer": ([*new, "--optimizer", "sgd"], "optimizer='sgd'"),
         "steps": ([*new, "--steps", 0], "steps=0"),

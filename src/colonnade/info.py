@@ -52,8 +52,11 @@ class Info:
     backends: dict[str, str | None]
 
 
-def info(packages: Iterable[str]) -> Info:
-    """What is installed of `packages`, and what the machine has."""
+def info(packages: Iterable[str], build: bool = False) -> Info:
+    """What is installed of `packages`, and what the machine has.
+
+    `build` compiles what a backend needs compiled, if it never was.
+    """
     capabilities = torch.cpu.get_capabilities()
     name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
     return Info(
@@ -71,7 +74,7 @@ def info(packages: Iterable[str]) -> Info:
         compiler=_compiler(),
         python_headers=Path(sysconfig.get_path("include"), "Python.h").exists(),
         gpus=_gpus(),
-        backends=colonnade.backends(),
+        backends=colonnade.backends(build),
     )
 
 

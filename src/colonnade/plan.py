@@ -14,7 +14,7 @@ patterns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -243,6 +243,25 @@ def _bidirectional_plan(
         torch.zeros(len(heads), dtype=torch.long),
         own_from_slots(pattern),
     )
+
+
+def gathered_mask(
+    pattern: FixedPattern, seq_len: int
+) -> tuple[Positions, Callable[[Positions, Positions], Tensor]]:
+    """The slots of a causal merged pattern, and which of [slots ; keys] a query reads.
+
+    For attention that takes a mask function: the plan's two pieces as one row of keys.
+    """
+    slots = fixed_plan(pattern, seq_len, seq_len, [0]).gather[0]
+    num_slots = len(slots)
+
+    def reads(query: Positions, key: Positions) -> Tensor:
+        block = query // pattern.stride
+        position = key - num_slots
+        own = (position // pattern.stride == block) & (position <= query)
+        return torch.where(key < num_slots, key // pattern.summary < block, own)
+
+    return slots, reads
 
 
 def _sums_before(counts: Tensor) -> Tensor:

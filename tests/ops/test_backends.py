@@ -150,7 +150,7 @@ def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> No
 @pytest.mark.parametrize("reads", ["window", *PARTS])
 def test_windows_keep_the_compilers_rules(reads: str) -> None:
     inputs = Case(q_len=11).inputs(torch.float32)
-    _check_operation(torch.ops.colonnade.windowed_forward, inputs, (4, reads, 0.7, 0.0, None))
+    _check_operation(torch.ops.colonnade.windowed_forward, inputs, (4, reads, 0.7, 0.0, None, None))
 
 
 def _check_operation(forward: Any, inputs: Inputs, last: tuple[Any, ...]) -> None:

@@ -35,8 +35,11 @@ from colonnade.shapes import (
 class Backend(Protocol):
     """What a module in this folder offers to be a backend."""
 
-    def unusable(self) -> str | None:
-        """Why it runs nothing in this process, as a clause after its name; None if it runs."""
+    def unusable(self, build: bool = True) -> str | None:
+        """Why it runs nothing in this process, as a clause after its name; None if it runs.
+
+        What has to be built first is built, unless told not to `build`.
+        """
 
     def declines(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> str | None:
         """Why it does not take these inputs, as a clause after its name; None if it does."""
@@ -166,12 +169,13 @@ def _run(
         return chosen.attend(query, key, value, request)
 
 
-def backends() -> dict[str, str | None]:
+def backends(build: bool = True) -> dict[str, str | None]:
     """Each backend by name, with the reason why it is not usable here; None: it is.
 
-    To know, "native" is compiled if it never was.
+    Args:
+        build: Whether "native" is compiled if it never was. Only then it is known for sure.
     """
-    return {name: BACKENDS[name].unusable() for name in sorted(BACKENDS)}
+    return {name: BACKENDS[name].unusable(build) for name in sorted(BACKENDS)}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from colonnade.ops import windowed
 from colonnade.ops.autocast import without_autocast
 from colonnade.ops.dropout import Dropout, draw_seed
 from colonnade.ops.planning import make_plan
-from colonnade.ops.request import Request, by_documents, in_order, only_heads
+from colonnade.ops.request import Request, in_order, only_heads
 from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, StridedPattern
 from colonnade.plan import Row, head_groups, table_rows
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -34,8 +34,8 @@ STACKED_SCORES = 2**19
 """How many scores of rows of one shape are computed together: some MB, which fit into a cache."""
 
 
-def unusable() -> None:
-    """It runs wherever PyTorch does."""
+def unusable(build: bool = True) -> None:
+    """It runs wherever PyTorch does, and has nothing to be built."""
     return
 
 
@@ -56,8 +56,6 @@ def attend(
     """softmax(scale · q kᵀ) v over what the pattern reads, and the log of its denominator."""
     pattern = request.pattern
     if isinstance(pattern, StridedPattern | LocalPattern):
-        if request.cu_seqlens is not None:
-            return by_documents(windowed.attend, query, key, value, request)
         return windowed.attend(query, key, value, request)
     if isinstance(pattern, FullPattern):
         if _suits_dense_kernel(query, key, value, request, pattern.causal):
@@ -98,14 +96,14 @@ def _suits_dense_kernel(
     """
     dense_widths = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     return (
-        query.device.type == "cpu"
+        request.cu_seqlens is None  # first: a compiler does not know how many tokens there are
+        and query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and query.shape[3] == value.shape[3]
         and dense_widths
         and query.numel() > 0
         and request.scale > 0
         and (query.shape[2] == key.shape[2] or not causal)
-        and request.cu_seqlens is None
         and request.dropout_p == 0
         and not request.return_lse
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.fake_impl import allocate_size
 
 from colonnade.ops.request import document_lengths
 from colonnade.pattern import FixedPattern, Part
@@ -54,10 +55,11 @@ def _plan(
 
 @_plan.register_fake
 def _plan_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size
+    # As new_dynamic_size, which refuses unless fullgraph=True and so breaks the graph.
+    shapes = torch.library.get_ctx()._shape_env
     heads = len(arguments[-1])
     return (
-        torch.empty(heads, size(), dtype=torch.long),
-        torch.empty(size(), len(Row._fields), dtype=torch.long),
+        torch.empty(heads, allocate_size(shapes), dtype=torch.long),
+        torch.empty(allocate_size(shapes), len(Row._fields), dtype=torch.long),
         torch.empty(heads, dtype=torch.long),
     )

@@ -7,6 +7,7 @@ an arbitrary connectivity S. Time and memory grow like q_len · kv_len.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from colonnade.ops.request import Request, by_documents
 from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, Value
 
 
-def unusable() -> None:
-    """It runs wherever PyTorch does."""
+def unusable(build: bool = True) -> None:
+    """It runs wherever PyTorch does, and has nothing to be built."""
     return
 
 
@@ -29,7 +30,11 @@ def declines(query: Query, key: Key, value: Value, request: Request) -> str | No
 def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over the mask's last q_len rows, and the log of its denominator."""
     if request.cu_seqlens is not None:
-        return by_documents(attend, query, key, value, request)
+        alone = replace(request, cu_seqlens=None)
+        out, lse = by_documents(
+            lambda q, k, v: attend(q, k, v, alone), request.cu_seqlens, query, key, value
+        )
+        return out, lse
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
     mask = _checked(request.pattern.mask(kv_len, num_kv_heads), (num_kv_heads, kv_len, kv_len))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from colonnade.pattern import HasMask
-from colonnade.shapes import CuSeqlens, Key, LogSumExp, Output, Query, Value
+from colonnade.shapes import CuSeqlens
 
 
 @dataclass(frozen=True)
@@ -57,31 +57,29 @@ def document_lengths(cu_seqlens: Tensor, total: int) -> list[int]:
     return [end - begin for begin, end in pairwise(ends)]
 
 
-Attend = Callable[[Query, Key, Value, Request], tuple[Output, LogSumExp]]
-
-
 def by_documents(
-    attend: Attend, query: Query, key: Key, value: Value, request: Request
-) -> tuple[Output, LogSumExp]:
-    """Packed documents through a backend that knows sequences only: equal lengths as one batch."""
-    assert request.cu_seqlens is not None
-    alone = replace(request, cu_seqlens=None)
+    attend: Callable[..., tuple[Tensor, ...]], cu_seqlens: CuSeqlens | None, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Packed documents through a function that knows sequences only: equal lengths as one batch.
+
+    Tensors and results are [1, heads, total, …]; `attend` gets and gives [documents, heads,
+    length, …]. Without cu_seqlens it is called as it is.
+    """
+    if cu_seqlens is None:
+        return attend(*tensors)
     begins: dict[int, list[int]] = {}
     begin = 0
-    for length in document_lengths(request.cu_seqlens, query.shape[2]) or [0]:
+    for length in document_lengths(cu_seqlens, tensors[0].shape[2]) or [0]:
         begins.setdefault(length, []).append(begin)
         begin += length
-    order, outs, lses = [], [], []
+    order, found = [], []
     for length, of_length in begins.items():
         index = torch.tensor(of_length)[:, None] + torch.arange(length)
         order.append(index.flatten())
-        # [1, heads, total, D] → [documents, heads, length, D]
-        q, k, v = (t[0][:, index.to(t.device)].transpose(0, 1) for t in (query, key, value))
-        out, lse = attend(q, k, v, alone)
-        outs.append(out.transpose(0, 1).flatten(1, 2))
-        lses.append(lse.transpose(0, 1).flatten(1, 2))
-    back = torch.cat(order).argsort().to(query.device)
-    return torch.cat(outs, 1)[None, :, back], torch.cat(lses, 1)[None, :, back]
+        results = attend(*(t[0][:, index.to(t.device)].transpose(0, 1) for t in tensors))
+        found.append([t.transpose(0, 1).flatten(1, 2) for t in results])
+    back = torch.cat(order).argsort().to(tensors[0].device)
+    return tuple(torch.cat(parts, 1)[:, back][None] for parts in zip(*found, strict=True))
 
 
 def only_heads(tensor: Tensor, kv_heads: Sequence[int], num_kv_heads: int) -> Tensor:

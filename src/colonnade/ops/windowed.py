@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from colonnade.ops.autocast import without_autocast
 from colonnade.ops.dropout import Dropout, draw_seed
-from colonnade.ops.request import Request
+from colonnade.ops.request import Request, by_documents
 from colonnade.pattern import LocalPattern, Part, StridedPattern
 from colonnade.plan import num_rows
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -47,7 +47,8 @@ def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Outp
         assert isinstance(pattern, LocalPattern)
         width, reads = pattern.window, "window"
     seed = draw_seed(dropout_p)
-    out, lse = _forward(query, key, value, width, reads, request.scale, dropout_p, seed)
+    documents = request.cu_seqlens
+    out, lse = _forward(query, key, value, width, reads, request.scale, dropout_p, seed, documents)
     return out, lse
 
 
@@ -198,7 +199,7 @@ class _Laid:
 
 
 # The schemas are spelled out: read off annotations they would depend on who wraps the functions.
-_OPTIONS = "int width, str reads, float scale, float dropout_p, Tensor? seed"
+_OPTIONS = "int width, str reads, float scale, float dropout_p, Tensor? seed, Tensor? cu_seqlens"
 _FORWARD = f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor lse, "
@@ -216,17 +217,24 @@ def _forward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    laid = _Laid(query, key, value, width, reads, scale)
-    scores = laid.scores()
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = scores.sub_(lse).exp_()
-    weights *= Dropout(dropout_p, seed, query.device).factors(weights)
-    outs = [piece.weigh(own, laid.v) for piece, own in laid.split(weights)]
-    # A value that is not finite reaches its readers, and nobody else as 0 · NaN.
-    out = sum(outs[1:], outs[0]).masked_fill_(laid.reached, math.nan)
-    out, lse = (laid.unlaid(t, laid.q_len) for t in (out, lse))
-    return out.to(query.dtype), lse[..., 0].contiguous()
+    dropout = Dropout(dropout_p, seed, query.device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        laid = _Laid(query, key, value, width, reads, scale)
+        scores = laid.scores()
+        lse = scores.logsumexp(-1, keepdim=True)
+        weights = scores.sub_(lse).exp_()
+        weights *= dropout.factors(weights)
+        outs = [piece.weigh(own, laid.v) for piece, own in laid.split(weights)]
+        # A value that is not finite reaches its readers, and nobody else as 0 · NaN.
+        out = sum(outs[1:], outs[0]).masked_fill_(laid.reached, math.nan)
+        out, lse = (laid.unlaid(t, laid.q_len) for t in (out, lse))
+        return out.to(query.dtype), lse[..., 0].contiguous()
+
+    out, lse = by_documents(attend, cu_seqlens, query, key, value)
+    return out, lse
 
 
 @_forward.register_fake
@@ -253,27 +261,38 @@ def _backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    laid = _Laid(query, key, value, width, reads, scale)
-    d_out = laid.queries(grad_out)
-    weights = laid.scores().sub_(laid.queries(lse[..., None])).exp_()
-    kept = Dropout(dropout_p, seed, query.device).factors(weights)
-    d_weights = torch.cat([piece.products(d_out, laid.v) for piece in laid.pieces], -1).mul_(kept)
-    delta = (weights * d_weights).sum(-1, keepdim=True) - laid.queries(grad_lse[..., None])
-    d_scores = d_weights.sub_(delta).mul_(weights)
-    d_query = [piece.weigh(own, laid.k) for piece, own in laid.split(d_scores)]
-    d_key, d_value = (t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in (laid.k, laid.v))
-    for (piece, own_scores), (_, own_weights) in zip(
-        laid.split(d_scores), laid.split(weights.mul_(kept)), strict=True
-    ):
-        piece.spread(own_scores, laid.q, d_key)
-        piece.spread(own_weights, d_out, d_value)
-    d_key, d_value = (t.sum(2, keepdim=True) for t in (d_key, d_value))
-    return (
-        laid.unlaid(sum(d_query[1:], d_query[0]).mul_(scale), laid.q_len).to(query.dtype),
-        laid.unlaid(d_key, laid.kv_len).to(key.dtype),
-        laid.unlaid(d_value, laid.kv_len).to(value.dtype),
-    )
+    dropout = Dropout(dropout_p, seed, query.device)
+
+    def differentiate(
+        grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        laid = _Laid(query, key, value, width, reads, scale)
+        d_out = laid.queries(grad_out)
+        weights = laid.scores().sub_(laid.queries(lse[..., None])).exp_()
+        kept = dropout.factors(weights)
+        d_weights = torch.cat([piece.products(d_out, laid.v) for piece in laid.pieces], -1)
+        d_weights *= kept
+        delta = (weights * d_weights).sum(-1, keepdim=True) - laid.queries(grad_lse[..., None])
+        d_scores = d_weights.sub_(delta).mul_(weights)
+        d_query = [piece.weigh(own, laid.k) for piece, own in laid.split(d_scores)]
+        d_key, d_value = (t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in (laid.k, laid.v))
+        for (piece, own_scores), (_, own_weights) in zip(
+            laid.split(d_scores), laid.split(weights.mul_(kept)), strict=True
+        ):
+            piece.spread(own_scores, laid.q, d_key)
+            piece.spread(own_weights, d_out, d_value)
+        d_key, d_value = (t.sum(2, keepdim=True) for t in (d_key, d_value))
+        return (
+            laid.unlaid(sum(d_query[1:], d_query[0]).mul_(scale), laid.q_len).to(query.dtype),
+            laid.unlaid(d_key, laid.kv_len).to(key.dtype),
+            laid.unlaid(d_value, laid.kv_len).to(value.dtype),
+        )
+
+    tensors = grad_out, grad_lse, query, key, value, lse
+    d_query, d_key, d_value = by_documents(differentiate, cu_seqlens, *tensors)
+    return d_query, d_key, d_value
 
 
 @_backward.register_fake
@@ -284,16 +303,16 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.options, seed = inputs
-    ctx.save_for_backward(query, key, value, output[1], seed)
+    query, key, value, *ctx.options, seed, cu_seqlens = inputs
+    ctx.save_for_backward(query, key, value, output[1], seed, cu_seqlens)
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, seed = ctx.saved_tensors
+    *saved, seed, cu_seqlens = ctx.saved_tensors
     # The caller's autocast would run the float32 products in half precision.
     with without_autocast(grad_out.device.type):
-        grads = _backward(grad_out, grad_lse, *saved, *ctx.options, seed)
-    return (*grads, *[None] * 5)
+        grads = _backward(grad_out, grad_lse, *saved, *ctx.options, seed, cu_seqlens)
+    return (*grads, *[None] * 6)
 
 
 torch.library.register_autograd(

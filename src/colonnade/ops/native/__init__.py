@@ -6,7 +6,8 @@
     operands.h   copies in the layout and type that the products want
     forward.h    tiles of scores, one online softmax
     backward.h   scores once more, transposed; five products a granule of keys
-    library.cpp  the two operations
+    ceiling.h    the products and exponentials alone, for benchmarks
+    library.cpp  the operations
 
 The C++ is compiled for the machine at the first use, see `build`. Arm is untested.
 """
@@ -28,8 +29,8 @@ from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-unusable: Callable[[], str | None] = torch.compiler.assume_constant_result(build.unusable)
-"""Why nothing runs here, as a clause; builds the C++ at the first call. None: it runs."""
+unusable: Callable[..., str | None] = torch.compiler.assume_constant_result(build.unusable)
+"""Why nothing runs here, as a clause; None: it runs. See `build.unusable`."""
 
 
 def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
@@ -71,6 +72,21 @@ torch.library.define(
     "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor lse, {_PLAN}) -> (Tensor, Tensor, Tensor)",
 )
+
+torch.library.define(
+    "colonnade::native_ceiling",
+    "(Tensor like, int qk_dim, int v_dim, float seconds) -> (float, float)",
+)
+
+
+def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tuple[float, float]:
+    """Seconds that a pair of query and key takes of one thread, while all are busy, at the least.
+
+    The products of the kernel's own tiles and the exponentials, and nothing else: forward, and
+    backward. Measured for `seconds` each.
+    """
+    forward, backward = torch.ops.colonnade.native_ceiling(like, qk_dim, v_dim, seconds)
+    return forward, backward
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *plan: Any) -> tuple[Tensor, Tensor]:

@@ -34,21 +34,26 @@ class BuildError(Exception):
     """Why there is no library, in a clause that may follow a name."""
 
 
-def unusable() -> str | None:
+def unusable(build: bool = True) -> str | None:
     """Why the C++ operations cannot be called in this process, as a clause; None: they can.
 
-    Builds them at the first call where they are not built yet. What it found stays.
+    Builds them at the first call where they are not built yet, unless told not to `build`. What it
+    found stays.
     """
     with _one_at_a_time:
+        if not build and not _is_built():
+            return "is not built yet: its first use builds it, or colonnade info --build"
         return _load()
 
 
-def is_built() -> bool:
-    """Whether the library lies in the cache, so that nothing has to be built."""
+def _is_built() -> bool:
+    """Whether there is nothing to be built: it is in the cache, or cannot be."""
+    if os.environ.get("COLONNADE_NATIVE") == "0":
+        return True
     try:
         return library_path().exists()
     except BuildError:
-        return False
+        return True
 
 
 @functools.cache

@@ -253,10 +253,7 @@ class Backward {
                scratch.queries.get() + i * qk_width_);
       copy_row(grad, problem_.v_dim, v_width_, grads);
       // delta = sum_j P_ij dP_ij = dO_i · O_i, less what flows back through the log-sum-exp.
-      const T* out = out_.row(batch, q_head, position);
-      float sum = 0;
-      for (int64_t j = 0; j < problem_.v_dim; ++j) sum += float(grad[j]) * float(out[j]);
-      delta[i] = sum - grad_lse_[at];
+      delta[i] = dot(grad, out_.row(batch, q_head, position), problem_.v_dim) - grad_lse_[at];
       lse[i] = lse_[at];
       if (lse[i] == -kInfinity) {
         // It reads nothing: weights e^-inf, gradients 0, whatever comes from above.

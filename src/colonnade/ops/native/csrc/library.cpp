@@ -1,8 +1,10 @@
-// The operations colonnade::native_forward and native_backward, whose schemas Python states.
+// The operations colonnade::native_forward and native_backward, and native_ceiling for benchmarks;
+// Python states their schemas.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "backward.h"
+#include "ceiling.h"
 #include "forward.h"
 
 namespace colonnade {
@@ -58,10 +60,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value};
 }
 
+// Seconds for a pair of query and key on one thread while all are busy: forward and backward.
+std::tuple<double, double> ceiling(
+    const at::Tensor& like, int64_t qk_dim, int64_t v_dim, double seconds) {
+  std::tuple<double, double> result;
+  with_types(like.scalar_type(), [&]<typename T, typename Op>() {
+    const Ceiling<Op> ceiling(qk_dim, v_dim);
+    result = {ceiling.forward(seconds), ceiling.backward(seconds)};
+  });
+  return result;
+}
+
 }  // namespace
 }  // namespace colonnade
 
 TORCH_LIBRARY_IMPL(colonnade, CPU, library) {
   library.impl("native_forward", &colonnade::forward);
   library.impl("native_backward", &colonnade::backward);
+  library.impl("native_ceiling", &colonnade::ceiling);
 }

@@ -136,6 +136,28 @@ void store_row(const float* from, int64_t width, float factor, T* to) {
   for (; i < width; ++i) to[i] = static_cast<T>(from[i] * factor);
 }
 
+// The sum of products of two rows, in float32.
+template <typename T>
+float dot(const T* a, const T* b, int64_t width) {
+  Vec sum(0.0f);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    for (; i + kLanes <= width; i += kLanes) {
+      sum = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i), sum);
+    }
+  } else {
+    using Half = at::vec::Vectorized<T>;
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+      const auto [a0, a1] = at::vec::convert_to_float<T>(Half::loadu(a + i));
+      const auto [b0, b1] = at::vec::convert_to_float<T>(Half::loadu(b + i));
+      sum = at::vec::fmadd(a0, b0, at::vec::fmadd(a1, b1, sum));
+    }
+  }
+  float total = at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return x + y; }, sum);
+  for (; i < width; ++i) total += static_cast<float>(a[i]) * static_cast<float>(b[i]);
+  return total;
+}
+
 inline void add_row(const float* from, int64_t width, float* to) {
   for (int64_t i = 0; i < width; i += kLanes) (Vec::loadu(to + i) + Vec::loadu(from + i)).store(to + i);
 }

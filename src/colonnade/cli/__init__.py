@@ -1,0 +1,19 @@
+"""The command `colonnade`: train, evaluate, sample; patterns and their cost; time and machine.
+
+A user's mistake gets one line on standard error and exit code 2. What an extra brings is imported
+inside the commands, so that a missing one can be named.
+"""
+
+from __future__ import annotations
+
+from colonnade.cli.common import app
+
+# In the order in which the help names them.
+from colonnade.cli import training, patterns, machine  # isort: skip
+
+__all__ = ["app", "machine", "main", "patterns", "training"]
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
