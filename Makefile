@@ -4,10 +4,13 @@
 #             takes that torch; else pip installs the one that constraints.txt names.
 #   PIP_ARGS  handed to pip install, such as an index that holds another build of torch.
 #   MINUTES   how long `make demo` trains.
+#   CALLS     how many calls `make fuzz` draws, and SEED from where.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 MINUTES ?= 3
+CALLS ?= 10000
+SEED ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +28,7 @@ OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX ?= c++
 
-.PHONY: help install demo bench test test-slow sanitize lint format clean
+.PHONY: help install demo bench test test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
@@ -33,6 +36,7 @@ help:
 	@echo 'make bench      time attention against what others offer; hours'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
 	@echo 'make test-slow  the tests marked slow'
+	@echo 'make fuzz       CALLS=$(CALLS) drawn calls against the definition; SEED= repeats a run'
 	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint       formatting, lint and types'
 	@echo 'make format     reformat, and fix what ruff can fix'
@@ -92,6 +96,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow || \
 	    { code=$$?; [ $$code -eq 5 ] || exit $$code; echo 'No test is marked slow.'; }
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --calls $(CALLS) $(if $(SEED),--seed $(SEED))
 
 sanitize: $(STAMP)
 	COLONNADE_CACHE=build/sanitize COLONNADE_CXXFLAGS='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \

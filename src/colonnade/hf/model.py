@@ -198,6 +198,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             position_ids=position_ids,
         )
         packed = isinstance(mask, PatternMask) and mask.is_packed
+        packed = packed or (seen > 0 and attention_mask is None and _restart(position_ids))
         if packed and past_key_values is not None:
             raise ValueError(
                 "packed rows (position_ids that restart) cannot be continued, so they take no "
@@ -229,6 +230,11 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
                 f"{int(position_ids.min())} to {int(position_ids.max())} "
                 f"and max_position_embeddings={limit}."
             )
+
+
+def _restart(position_ids: Tensor | None) -> bool:
+    """Whether positions do anything but count on."""
+    return position_ids is not None and bool((position_ids.diff() != 1).any())
 
 
 def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:

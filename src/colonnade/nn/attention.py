@@ -98,7 +98,8 @@ class SelfAttention(nn.Module):
                 cos, sin = (packing.pack(angle.expand(len(x), -1, -1)) for angle in rotary)
                 rotary = (cos[None], sin[None])
             tokens = packing.pack(x)[None]
-            return packing.unpack(self(tokens, None, packing.cu_seqlens, None, rotary)[0])
+            # Not self(…): hooks on the layer belong to the padded batch, and run once.
+            return packing.unpack(self.forward(tokens, None, packing.cu_seqlens, None, rotary)[0])
         query, key, value = self.project(x, rotary)
         dropout = self.dropout if self.training else 0.0
         documents = None if cu_seqlens is None else Packing(1, x.shape[1], None, cu_seqlens)
