@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -47,10 +48,21 @@ def _plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pattern = FixedPattern(stride, summary, subblocks, part, causal)
     if cu_seqlens is None:
-        plan = fixed_plan(pattern, q_len, kv_len, heads)
-    else:
-        plan = packed_plan(pattern, document_lengths(cu_seqlens, kv_len), heads)
+        # A compiler may write into what an operation gave it.
+        plan = _kept(pattern, q_len, kv_len, tuple(heads))
+        return (
+            plan.gather.clone(memory_format=torch.contiguous_format),
+            plan.table.clone(),
+            plan.shift.clone(),
+        )
+    plan = packed_plan(pattern, document_lengths(cu_seqlens, kv_len), heads)
     return plan.gather.contiguous(), plan.table, plan.shift
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(pattern: FixedPattern, q_len: int, kv_len: int, heads: tuple[int, ...]) -> Plan:
+    """A short sequence's plan takes longer than its attention, and layers share one."""
+    return fixed_plan(pattern, q_len, kv_len, heads)
 
 
 @_plan.register_fake
