@@ -20,6 +20,8 @@ from colonnade import (
     Pattern,
     StridedPattern,
     attention,
+    attention_varlen,
+    backends,
     explain,
 )
 
@@ -158,6 +160,85 @@ def test_tensors(
 def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         attention(*_shaped(), **({"pattern": FIXED} | options))
+
+
+PACKED = {"query": (6, 4, 8), "key": (6, 2, 8), "value": (6, 2, 8)}
+GOOD = torch.tensor([0, 2, 6])
+
+
+@pytest.mark.parametrize("backend", sorted(name for name, why in backends().items() if why is None))
+@pytest.mark.parametrize("lengths", [[1, 6], [0, 4, 2, 6], [0, 5], [0, 7], [0, -1, 6], [0, 6, 5]])
+def test_what_cu_seqlens_says(lengths: list[int], backend: str) -> None:
+    """It starts at 0, does not decrease and ends at the number of tokens: in every backend."""
+    tensors = [torch.zeros(shape) for shape in PACKED.values()]
+    cu_seqlens = torch.tensor(lengths)
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens must .*got cu_seqlens\[-?\d\]=-?\d"
+    ) as raised:
+        attention_varlen(*tensors, cu_seqlens, FIXED, backend=backend)
+    assert any(str(number) in str(raised.value) for number in lengths)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cu_seqlens": [0, 2, 6]}, TypeError, "cu_seqlens must be a tensor, got a list"),
+        ({"cu_seqlens": None}, TypeError, "cu_seqlens must be a tensor, got a NoneType"),
+        ({"cu_seqlens": GOOD.float()}, TypeError, r"got cu_seqlens\.dtype=torch\.float32"),
+        ({"cu_seqlens": GOOD.bool()}, TypeError, r"got cu_seqlens\.dtype=torch\.bool"),
+        ({"cu_seqlens": GOOD.short()}, TypeError, r"got cu_seqlens\.dtype=torch\.int16"),
+        ({"cu_seqlens": GOOD[None]}, ValueError, r"got cu_seqlens\.shape=\(1, 3\)"),
+        ({"cu_seqlens": GOOD[0]}, ValueError, r"got cu_seqlens\.shape=\(\)"),
+        ({"cu_seqlens": GOOD[:0]}, ValueError, r"got cu_seqlens\.shape=\(0,\)"),
+        ({"query": torch.zeros(5, 4, 8)}, ValueError, r"in length.*query\.shape=\(5, 4, 8\)"),
+        ({"key": torch.zeros(7, 2, 8)}, ValueError, r"in length.*key\.shape=\(7, 2, 8\)"),
+        ({"value": torch.zeros(6, 1, 8)}, ValueError, r"in length.*value\.shape=\(6, 1, 8\)"),
+        ({"query": torch.zeros(6, 3, 8)}, ValueError, r"multiple of key's.*\(6, 3, 8\)"),
+        ({"query": torch.zeros(1, 4, 6, 8)}, ValueError, r"\[total, heads, head_dim\], got query"),
+        ({"value": torch.zeros(6, 2, 0)}, ValueError, r"at least 1.*value\.shape=\(6, 2, 0\)"),
+        ({"key": torch.zeros(6, 2, 8).half()}, TypeError, r"one dtype.*key\.dtype=torch\.float16"),
+        ({"pattern": None}, TypeError, "pattern must be a Pattern.*got a NoneType"),
+        ({"scale": math.inf}, ValueError, "scale must be finite, got scale=inf"),
+        ({"dropout_p": 2.0}, ValueError, r"in \[0, 1\], got dropout_p=2\.0"),
+        ({"backend": "flash"}, ValueError, "got backend='flash'"),
+    ],
+)
+def test_packed(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {name: torch.zeros(shape) for name, shape in PACKED.items()}
+    arguments |= {"cu_seqlens": GOOD, "pattern": FIXED} | changes
+    with pytest.raises(error, match=message):
+        attention_varlen(**arguments)
+
+
+HUGE = 2**40
+"""Tokens of tensors that hold one number: whatever touched them all would need terabytes."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"query": (1, 3, HUGE, 8)}, ValueError),
+        ({"query": (1, 4, HUGE + 1, 8)}, ValueError),
+        ({"key": (1, 2, HUGE, 9)}, ValueError),
+        ({"value": (1, 2, HUGE - 1, 8)}, ValueError),
+        ({"pattern": 3}, TypeError),
+        ({"scale": math.nan}, ValueError),
+        ({"dropout_p": -1.0}, ValueError),
+        ({"backend": "flash"}, ValueError),
+        ({"dtype": torch.int8}, TypeError),
+    ],
+    ids=str,
+)
+def test_mistakes_are_met_before_anything_large_is_made(
+    changes: dict[str, Any], error: type[Exception]
+) -> None:
+    shapes = {"query": (1, 4, HUGE, 8), "key": (1, 2, HUGE, 8), "value": (1, 2, HUGE, 8)}
+    dtype = changes.pop("dtype", torch.float32)
+    for name in shapes:
+        shapes[name] = changes.pop(name, shapes[name])
+    tensors = (torch.zeros((), dtype=dtype).expand(shape) for shape in shapes.values())
+    with pytest.raises(error):
+        attention(*tensors, **({"pattern": FIXED} | changes))
 
 
 def test_explain_checks_the_pattern_too() -> None:
