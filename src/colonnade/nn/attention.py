@@ -99,7 +99,9 @@ class SelfAttention(nn.Module):
                 rotary = (cos[None], sin[None])
             tokens = packing.pack(x)[None]
             # Not self(…): hooks on the layer belong to the padded batch, and run once.
-            return packing.unpack(self.forward(tokens, None, packing.cu_seqlens, None, rotary)[0])
+            return packing.unpack(
+                self.forward(tokens, None, packing.cu_seqlens, None, rotary).squeeze(0)
+            )
         query, key, value = self.project(x, rotary)
         dropout = self.dropout if self.training else 0.0
         documents = None if cu_seqlens is None else Packing(1, x.shape[1], None, cu_seqlens)

@@ -153,11 +153,12 @@ def attention_varlen(
     request = make_request(query, pattern, scale, dropout_p, return_lse, cu_seqlens)
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     out, lse = _run(q, k, v, request, backend)
-    out = out[0].transpose(0, 1)
+    # squeeze, for the gradient of out[0] would be a copy into zeros.
+    out = out.squeeze(0).transpose(0, 1)
     if not return_lse:
         return out
     assert lse is not None
-    return out, lse[0]
+    return out, lse.squeeze(0)
 
 
 def _run(
