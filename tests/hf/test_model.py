@@ -16,7 +16,14 @@ from colonnade.hf import (
     SparseTransformerForCausalLM,
     SparseTransformerModel,
 )
-from tests.oracle import fixed_mask, loop_attention
+from tests.oracle import (
+    fixed_mask,
+    full_set,
+    local_set,
+    loop_attention,
+    mask_of_sets,
+    strided_set,
+)
 
 
 def small_config(**changes: object) -> SparseTransformerConfig:
@@ -58,6 +65,33 @@ def test_presets_have_the_stated_parameters(preset: str, millions: float) -> Non
     with torch.device("meta"):
         model = SparseTransformerForCausalLM(SparseTransformerConfig.preset(preset))
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("preset", "layers", "width", "qk_width", "feed_forward", "tables", "stated"),
+    [
+        ("enwik8", 30, 512, 512, 2048, 96 + 128, 94_949_376),
+        ("cifar10", 128, 256, 128, 512, 32 + 32 + 3, 59_196_672),
+        ("imagenet64", 48, 512, 512, 2048, 64 + 64 + 3, 151_644_672),
+    ],
+)
+def test_parameters_of_the_papers_models_counted_by_hand(
+    preset: str,
+    layers: int,
+    width: int,
+    qk_width: int,
+    feed_forward: int,
+    tables: int,
+    stated: int,
+) -> None:
+    """Weights with a bias each, two norms a block and one at the end, 256 tokens in and out."""
+    attention = 2 * (width + 1) * qk_width + 2 * (width + 1) * width
+    network = (width + 1) * feed_forward + (feed_forward + 1) * width
+    block = attention + network + 2 * 2 * width
+    counted = layers * block + 2 * width + (tables + 2 * 256) * width
+    with torch.device("meta"):
+        model = SparseTransformerForCausalLM(SparseTransformerConfig.preset(preset))
+    assert model.num_parameters() == counted == stated
 
 
 def test_the_paper_preset_is_the_papers() -> None:
@@ -108,18 +142,50 @@ def test_initialisation(initializer: str, variance: float) -> None:
             assert not module.bias.any()
 
 
-def test_model_equals_its_formula() -> None:
+MERGED = {"stride": 8, "summary": 2, "subblocks": 2}
+
+
+def _fixed(kv_heads: int, part: str) -> Tensor:
+    return fixed_mask(29, kv_heads, **MERGED, part=part)
+
+
+def _strided(kv_heads: int, part: str) -> Tensor:
+    return mask_of_sets(29, kv_heads, lambda head, i: strided_set(i, 29, 8, part))
+
+
+MASKS: dict[tuple[str, str], list[Tensor]] = {
+    ("fixed", "merged"): [_fixed(2, "merged")] * 3,
+    ("fixed", "interleaved"): [_fixed(2, part) for part in ("local", "summary", "local")],
+    ("fixed", "multihead"): [torch.cat([_fixed(1, "local"), _fixed(1, "summary")])] * 3,
+    ("strided", "merged"): [_strided(2, "merged")] * 3,
+    ("strided", "interleaved"): [_strided(2, part) for part in ("local", "summary", "local")],
+    ("strided", "multihead"): [torch.cat([_strided(1, "local"), _strided(1, "summary")])] * 3,
+    ("local", "merged"): [mask_of_sets(29, 2, lambda head, i: local_set(i, 29, 8))] * 3,
+    ("full", "merged"): [mask_of_sets(29, 2, lambda head, i: full_set(i, 29))] * 3,
+}
+"""What the two key heads of each of three layers read, by pattern and scheme."""
+
+
+@pytest.mark.parametrize(("pattern", "scheme"), MASKS)
+@pytest.mark.parametrize("image_shape", [None, [2, 5, 3]], ids=["text", "image"])
+def test_model_equals_its_formula(image_shape: list[int] | None, pattern: str, scheme: str) -> None:
     """The whole forward, written out with plain loops for the attention."""
-    model = random_model()
+    model = random_model(
+        pattern=pattern, scheme=scheme, image_shape=image_shape, num_hidden_layers=3
+    )
     ids = tokens(2, 29)
     core = model.model
-    positions = torch.arange(29)
     embedding = core.embedding
     h = embedding.token.weight[ids]
-    h = h + embedding.row.weight[positions.div(8, rounding_mode="floor")]
-    h = h + embedding.column.weight[positions.remainder(8)]
-    mask = fixed_mask(29, 2, stride=8, summary=2, subblocks=2)
-    for layer in core.layers:
+    if image_shape is None:
+        places = torch.unravel_index(torch.arange(29), (4, 8))
+        tables = [embedding.row, embedding.column]
+    else:
+        places = torch.unravel_index(torch.arange(29), tuple(image_shape))
+        tables = [embedding.row, embedding.column, embedding.channel]
+    for table, place in zip(tables, places, strict=True):
+        h = h + table.weight[place]
+    for layer, mask in zip(core.layers, MASKS[pattern, scheme], strict=True):
         block, attention = layer.block, layer.block.attention.layer
         x = block.attention_norm(h)
         q, k, v = (

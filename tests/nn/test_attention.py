@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from colonnade import FixedPattern, FullPattern, Pattern
+from colonnade import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 from colonnade.nn import SelfAttention
 from colonnade.nn.attention import rotate
 from colonnade.pattern import Part
 from tests import oracle
+from tests.cases import mask_of
 from tests.rounding import check_half_the_digits
 
 Angles = tuple[Tensor, Tensor]
@@ -25,7 +26,7 @@ SHAPES = [
 ]
 
 
-def _layer(pattern: Pattern, **sizes: int) -> SelfAttention:
+def _layer(pattern: Pattern | tuple[Pattern, ...], **sizes: int) -> SelfAttention:
     return SelfAttention(pattern=pattern, **sizes).double()
 
 
@@ -78,6 +79,27 @@ def test_layer_is_projections_around_the_definition(sizes: dict[str, int], turne
     y = layer(x, rotary=rotary)
     assert y.shape == x.shape
     check_half_the_digits(y, _by_hand(layer, x, mask, rotary))
+
+
+@pytest.mark.parametrize("kv_heads", [3, 5])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        FixedPattern(4, 1, subblocks=2).factors(),
+        StridedPattern(3).factors(),
+        (FixedPattern(5, 2, subblocks=2, causal=False), LocalPattern(3), FullPattern()),
+        (FixedPattern(4, 1, part="summary"),),
+    ],
+    ids=["fixed factors", "strided factors", "three patterns", "one pattern"],
+)
+def test_layer_over_a_tuple_of_patterns(patterns: tuple[Pattern, ...], kv_heads: int) -> None:
+    """Runs of unlike length, as PyTorch's own splitting makes them; each counts its sub-blocks."""
+    layer = _layer(patterns, embed_dim=30, num_heads=15, num_kv_heads=kv_heads)
+    runs = torch.arange(kv_heads).tensor_split(len(patterns))
+    mask = torch.cat([mask_of(p, 11, len(run)) for p, run in zip(patterns, runs, strict=True)])
+    rotary = _angles(11, 2, batch=2)
+    x = torch.randn(2, 11, 30, dtype=torch.float64)
+    check_half_the_digits(layer(x, rotary=rotary), _by_hand(layer, x, mask, rotary))
 
 
 @pytest.mark.parametrize("causal", [True, False])

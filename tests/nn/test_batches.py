@@ -84,6 +84,40 @@ def test_what_lies_under_padding_does_not_matter(pattern: Patterns) -> None:
 
 
 @each_pattern
+def test_one_run_of_angles_may_serve_all_padded_rows(pattern: Patterns) -> None:
+    """Angles belong to places in the padded row, wherever its blocks begin."""
+    mask = _mask(MASKS["left"])
+    layer = SelfAttention(8, 4, pattern).double()
+    x = torch.randn(3, 11, 8, dtype=torch.float64)
+    cos, sin = _angles(1, 11, 2)
+    each = (cos.repeat(3, 1, 1), sin.repeat(3, 1, 1))
+    one, other = (layer(x, padding_mask=mask, rotary=rotary) for rotary in ((cos, sin), each))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, layer(x, padding_mask=mask))
+
+
+@each_pattern
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
+def test_a_batch_of_nothing(shape: tuple[int, int], pattern: Patterns) -> None:
+    layer = SelfAttention(8, 4, pattern)
+    x = torch.randn(*shape, 8)
+    mask = torch.ones(shape, dtype=torch.bool)
+    for y in (layer(x), layer(x, padding_mask=mask), layer(x, rotary=(x[..., :2], x[..., :2]))):
+        assert y.shape == x.shape
+    assert layer(torch.randn(1, 0, 8), cu_seqlens=torch.tensor([0])).shape == (1, 0, 8)
+
+
+def test_hooks_on_the_layer_see_a_padded_batch_once() -> None:
+    """Sharding and offloading hang on them."""
+    layer = SelfAttention(8, 4, FixedPattern(4, 1))
+    seen = []
+    layer.register_forward_hook(lambda module, args, y: seen.append((args[0].shape, y.shape)))
+    x = torch.randn(3, 11, 8)
+    layer(x, padding_mask=_mask(MASKS["left"]))
+    assert seen == [(x.shape, x.shape)]
+
+
+@each_pattern
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_packed_document_is_the_document_alone(turned: bool, pattern: Patterns) -> None:
     layer = SelfAttention(8, 4, pattern, 2).double()
