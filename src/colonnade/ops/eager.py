@@ -117,7 +117,7 @@ def _dense(query: Query, key: Key, value: Value, scale: float, causal: bool) -> 
             value,
             is_causal=causal,
             scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=bool(query.shape[1] != key.shape[1]),  # no symbolic one
         )
 
 
