@@ -68,7 +68,7 @@ def _through_sets(n: int, *layers: Callable[[int], set[int]]) -> Tensor:
     return torch.tensor(rows)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(n=lengths, pattern=fixed_patterns(6), kv_heads=counts, layers=counts)
 def test_layers_connect_what_following_the_sets_connects(
     n: int, pattern: FixedPattern, kv_heads: int, layers: int
@@ -82,7 +82,7 @@ def test_layers_connect_what_following_the_sets_connects(
     assert torch.equal(_connected(stack, n), _through_sets(n, *[read] * layers))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(n=lengths, pattern=fixed_patterns(6, causal=True), layers=st.integers(2, 3))
 def test_a_head_relays_what_its_sub_block_does_not_precede(
     n: int, pattern: FixedPattern, layers: int
@@ -110,7 +110,7 @@ def test_two_merged_layers_with_all_their_heads_are_complete(pattern: FixedPatte
     assert torch.equal(_connected(stack, n), _where(n, lambda i, j: True))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(n=lengths, pattern=fixed_patterns(6, causal=True))
 def test_interleaved_is_complete_in_one_order_only(n: int, pattern: FixedPattern) -> None:
     """A1 then A2 connects everything, with the residual path. A2 then A1 connects what one merged
@@ -125,7 +125,7 @@ def test_interleaved_is_complete_in_one_order_only(n: int, pattern: FixedPattern
     assert torch.equal(_connected(_blocks(summaries, own, summaries), n), complete)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(n=lengths, pattern=fixed_patterns(6, causal=True), kv_heads=st.integers(2, 5))
 def test_multi_head_layers_connect_as_merged_ones_do(
     n: int, pattern: FixedPattern, kv_heads: int
@@ -144,7 +144,7 @@ def test_multi_head_layers_connect_as_merged_ones_do(
     assert torch.equal(two, _where(n, lambda i, j: True))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(n=lengths, stride=st.integers(1, 6))
 def test_two_strided_layers_are_complete_in_every_scheme(n: int, stride: int) -> None:
     """In either order, unlike fixed ones; one merged layer, or two of one part, are not."""
@@ -167,7 +167,7 @@ def test_two_strided_layers_are_complete_in_every_scheme(n: int, stride: int) ->
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(n=lengths, window=st.integers(1, 6), layers=counts)
 def test_a_window_reaches_further_by_its_width_with_every_layer(
     n: int, window: int, layers: int

@@ -182,18 +182,18 @@ def test_documents_drop_weights_within_documents() -> None:
 def test_every_weight_is_dropped_by_a_draw_of_its_own(
     pattern: Pattern, p: float, backend: str
 ) -> None:
-    """Each with probability p, and no two of them together, over 1,000 calls.
+    """Each with probability p, and no two of them together, over 750 calls.
 
-    Hoeffding: the mean of N = 1,000 independent numbers from a range r is t off with probability
+    Hoeffding: the mean of N = 750 independent numbers from a range r is t off with probability
     below 2·exp(-2N·(t/r)²). Whether a weight is kept has r = 1 and mean q = 1 - p; the product of
     two weights' deviations from q has r <= 1 and mean 0, but p·q >= 0.16 if they share a draw. With
-    the t below, 0.12, each of fewer than 10,000 means is off with probability 1e-11, any with 1e-7.
+    the t below, 0.13, each of fewer than 10,000 means is off with probability 1e-11, any with 1e-7.
     The seed is fixed, so the answer is the same at every run.
     """
     case = Case(pattern, batch=2, kv_heads=2, group=1, q_len=5, kv_len=5)
     query, key = case.inputs()[:2]
     read = _weights(case, query, key)[0] > 0
-    calls = 1_000
+    calls = 750
     unit = torch.eye(5, dtype=torch.float64).expand(2, 2, -1, -1)
     torch.manual_seed(0)
     rows = [
@@ -212,7 +212,11 @@ def test_every_weight_is_dropped_by_a_draw_of_its_own(
     assert (deviation[1:] * deviation[:-1]).mean(0).abs().max() <= t
 
 
-@each_pattern
+@pytest.mark.parametrize(
+    "pattern",
+    [FixedPattern(4, 1), EXAMPLES["bidirectional sub-blocks"], StridedPattern(4), FullPattern()],
+    ids=str,
+)
 def test_the_mean_over_many_calls_is_the_output_without_dropout(pattern: Pattern) -> None:
     """Hoeffding again: an output is a sum over keys of terms in [0, P·v/(1-p)].
 
