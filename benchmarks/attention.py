@@ -29,8 +29,8 @@ from colonnade.info import info
 HERE = Path(__file__).parent
 LENGTHS = (1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
 DTYPES = ("float32", "bfloat16")
-MASKED_LENGTHS = 4_096
-"""Beyond, a boolean mask is slower than anything that anybody would wait for."""
+MASKED_LENGTHS = {False: 16_384, True: 8_192}
+"""The longest with a mask, forward and with backward: beyond, minutes for each call."""
 
 
 def rows(quick: bool) -> Iterator[Sizes]:
@@ -54,7 +54,7 @@ def measure(sizes: Sizes, dense_limit: int) -> dict[str, Any]:
     names = ["native", "eager"]
     if sizes.seq_len <= dense_limit:
         names.append("dense")
-    if sizes.seq_len <= MASKED_LENGTHS:
+    if sizes.seq_len <= MASKED_LENGTHS[sizes.backward]:
         names.append("masked")
     rounds = 3 if sizes.seq_len > 16_384 else 9
     found = compare(contenders(sizes, names), rounds)
@@ -163,6 +163,9 @@ def main() -> None:
     parser.add_argument(
         "--dense-limit", type=int, default=131_072, help="longest sequence of dense attention"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that a run cut off has written"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "attention.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "performance.svg")
     arguments = parser.parse_args()
@@ -172,7 +175,15 @@ def main() -> None:
         for name in ("versions", "processor", "instructions", "torch_kernels", "threads")
     }
     result: dict[str, Any] = {"machine": machine, "rows": [], "flex": []}
+    if arguments.resume:
+        earlier = json.loads(arguments.out.read_text())
+        if earlier["machine"] != machine:
+            parser.error(f"--resume: {arguments.out} was measured on another machine or version")
+        result["rows"] = earlier["rows"]
+    done = [row["sizes"] for row in result["rows"]]
     for sizes in rows(arguments.quick):
+        if asdict(sizes) in done:
+            continue
         start = time.monotonic()
         result["rows"].append(measure(sizes, arguments.dense_limit))
         print(f"{sizes} took {time.monotonic() - start:.0f} s", flush=True)

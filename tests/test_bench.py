@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -82,6 +84,15 @@ def test_the_ceiling_grows_with_the_pairs() -> None:
     short, long = (replace(SMALL, seq_len=n) for n in (40, 4_000))
     assert long.num_pairs() == 2 * FixedPattern(8, 2).num_pairs(4_000)
     assert 0 < bench.ceiling(short) < bench.ceiling(long)
+
+
+@needs_native
+def test_the_ceiling_needs_no_attention_before_it() -> None:
+    """A fresh process: nothing has loaded the library."""
+    code = "from colonnade.bench import Sizes, ceiling; print(ceiling(Sizes(seq_len=40, stride=8)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
 
 
 @needs_native

@@ -84,7 +84,12 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
 
     The products of the kernel's own tiles and the exponentials, and nothing else: forward, and
     backward. Measured for `seconds` each.
+
+    Raises:
+        NotImplementedError: Nothing of this backend runs here.
     """
+    if reason := build.unusable():
+        raise NotImplementedError(f"The ceiling is measured by backend 'native', which {reason}.")
     forward, backward = torch.ops.colonnade.native_ceiling(like, qk_dim, v_dim, seconds)
     return forward, backward
 
