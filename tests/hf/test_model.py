@@ -348,7 +348,7 @@ def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -
         seen.append(args[3])
         return col.attention(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("colonnade.nn.heads.attention", spy)
+    monkeypatch.setattr("colonnade.ops.heads.attention", spy)
     random_model()(tokens(1, 9))
     assert seen == [col.FixedPattern(8, 2, 2)] * 2
 

@@ -19,7 +19,7 @@ from colonnade import (
     attention_varlen,
 )
 from colonnade.nn import SelfAttention
-from colonnade.nn.heads import Patterns
+from colonnade.ops.heads import Patterns
 
 pytestmark = pytest.mark.plain  # Type checks stand in a compiler's way.
 

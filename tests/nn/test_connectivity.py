@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colonnade import FixedPattern, LocalPattern, StridedPattern
 from colonnade.nn import ResidualBlock, SelfAttention
-from colonnade.nn.heads import Patterns
+from colonnade.ops.heads import Patterns
 from tests.cases import fixed_patterns, set_of
 
 HEAD_DIM = 4

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colonnade import FixedPattern, FullPattern, LocalPattern
 from colonnade.nn import ResidualBlock, SelfAttention
-from colonnade.nn.heads import Patterns
+from colonnade.ops.heads import Patterns
 
 PATTERNS: dict[str, Patterns] = {
     "fixed": FixedPattern(4, 1),

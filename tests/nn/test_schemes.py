@@ -8,7 +8,7 @@ from torch import Tensor
 
 from colonnade import FixedPattern, FullPattern, LocalPattern, StridedPattern
 from colonnade.nn import SelfAttention
-from colonnade.nn.heads import Patterns
+from colonnade.ops.heads import Patterns
 from tests.cases import mask_of
 from tests.oracle import fixed_mask
 

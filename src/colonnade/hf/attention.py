@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
-from colonnade.nn.heads import Patterns, attend
-from colonnade.nn.packing import Packing
+from colonnade.ops.heads import Patterns, attend
+from colonnade.ops.packing import Packing
 from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 from colonnade.shapes import Key, Output, Positions, Query, Value
 

@@ -9,8 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from colonnade.hf.attention import NAME, patterns_of
-from colonnade.nn.heads import check_patterns
 from colonnade.ops.check import check_probability
+from colonnade.ops.heads import check_patterns
 from colonnade.pattern import FixedPattern
 
 PRESETS: dict[str, dict[str, Any]] = {

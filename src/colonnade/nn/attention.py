@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from colonnade.nn.heads import Patterns, attend, check_patterns
-from colonnade.nn.packing import Packing
 from colonnade.ops.check import check_probability
+from colonnade.ops.heads import Patterns, attend, check_patterns
+from colonnade.ops.packing import Packing
 from colonnade.pattern import check_count
 from colonnade.shapes import CuSeqlens, Hidden, Key, Output, Query, Rotary, Value
 

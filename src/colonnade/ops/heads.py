@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from colonnade.nn.packing import Packing
-from colonnade.ops import attention, attention_varlen
+from colonnade.ops.attention import attention, attention_varlen
+from colonnade.ops.packing import Packing
 from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Query, Value
 
