@@ -11,6 +11,7 @@
 | `qk_dim`   | width of a query and of a key, per head                  | d            |
 | `v_dim`    | width of a value and of an output, per head              |              |
 | `slots`    | gathered summary columns                                 | c·n/l        |
+| `kept`     | entries of a cache: slots, then a tail of positions      |              |
 | `rows`     | rows of a plan: a run of queries inside one block        |              |
 
 Sizes of a pattern: `stride` (the paper's l) and `summary` (its c). All positions are 0-based.
@@ -39,6 +40,7 @@ PackedLogSumExp: TypeAlias = Float[Tensor, "heads total"]
 CuSeqlens: TypeAlias = Int[Tensor, " documents_and_1"]
 
 Mask: TypeAlias = Bool[Tensor, "heads q_len kv_len"]
+KeptMask: TypeAlias = Bool[Tensor, "batch kv_heads kept"]
 Positions: TypeAlias = Int[Tensor, "..."]
 
 Gather: TypeAlias = Int[Tensor, "kv_heads slots"]
@@ -54,6 +56,7 @@ __all__ = [
     "CuSeqlens",
     "Gather",
     "Hidden",
+    "KeptMask",
     "Key",
     "LogSumExp",
     "Mask",

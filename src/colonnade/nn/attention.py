@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from colonnade.cache import KVCache
 from colonnade.ops.check import check_probability
 from colonnade.ops.heads import Patterns, attend, check_patterns
 from colonnade.ops.packing import Packing
@@ -66,7 +67,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Hidden,
-        cache: object = None,
+        cache: KVCache | None = None,
         cu_seqlens: CuSeqlens | None = None,
         padding_mask: Bool[Tensor, "batch seq_len"] | None = None,
         rotary: Rotary | None = None,
@@ -75,7 +76,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: [batch, seq_len, embed_dim].
-            cache: Not there yet; only None is taken.
+            cache: From `new_cache`. x then holds the positions that follow those in it, and is
+                appended; the result equals the same positions of one call over everything.
             cu_seqlens: [documents + 1]: where documents begin and end that lie one after the other
                 in x, whose batch is 1. See `attention_varlen`.
             padding_mask: [batch, seq_len], True where there is a token. Each row gives what its
@@ -86,12 +88,16 @@ class SelfAttention(nn.Module):
 
         Raises:
             TypeError: `padding_mask` is no bool tensor, or `cu_seqlens` no tensor of integers.
-            ValueError: Shapes that do not fit, or both `cu_seqlens` and `padding_mask`.
-            NotImplementedError: A cache.
+            ValueError: Shapes that do not fit, both `cu_seqlens` and `padding_mask`, or a cache of
+                another pattern or together with `cu_seqlens`.
+            NotImplementedError: A cache together with dropout.
         """
-        if cache is not None:
-            raise NotImplementedError("SelfAttention does not take cache yet; leave it None.")
         _check_layout(x, cu_seqlens, padding_mask)
+        dropout = self.dropout if self.training else 0.0
+        if cache is not None:
+            self._check_cache(cache, cu_seqlens, dropout)
+            out = self.merge_heads(cache.attend(*self.project(x, rotary), None, padding_mask))
+            return out if padding_mask is None else out.masked_fill(~padding_mask[..., None], 0.0)
         if padding_mask is not None:
             packing = Packing.of_padded(padding_mask)
             if rotary is not None:
@@ -103,10 +109,30 @@ class SelfAttention(nn.Module):
                 self.forward(tokens, None, packing.cu_seqlens, None, rotary).squeeze(0)
             )
         query, key, value = self.project(x, rotary)
-        dropout = self.dropout if self.training else 0.0
         documents = None if cu_seqlens is None else Packing(1, x.shape[1], None, cu_seqlens)
         out = attend(query, key, value, self.pattern, documents, dropout_p=dropout)
         return self.merge_heads(out)
+
+    def new_cache(self, max_seq_len: int | None = None) -> KVCache:
+        """An empty cache for this layer; see `KVCache`."""
+        return KVCache(self.pattern, max_seq_len)
+
+    def _check_cache(self, cache: KVCache, cu_seqlens: CuSeqlens | None, dropout: float) -> None:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, got a {type(cache).__name__}.")
+        if cache.pattern != self.pattern:
+            raise ValueError(
+                "cache must be of the layer's pattern (see new_cache), got "
+                f"cache.pattern={cache.pattern} and pattern={self.pattern}."
+            )
+        if cu_seqlens is not None:
+            raise ValueError(
+                "give cache or cu_seqlens, not both: packed documents are not continued."
+            )
+        if dropout > 0:
+            raise NotImplementedError(
+                f"a cache takes no dropout, got dropout={dropout} in training. Call eval() first."
+            )
 
     def project(self, x: Hidden, rotary: Rotary | None = None) -> tuple[Query, Key, Value]:
         """Queries, keys and values of x, [batch, heads, seq_len, head_dim] each."""

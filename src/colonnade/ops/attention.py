@@ -15,7 +15,7 @@ from colonnade.ops import eager, native, reference
 from colonnade.ops.autocast import cast_as_autocast_would, without_autocast
 from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_request
 from colonnade.ops.request import Request
-from colonnade.pattern import HasMask
+from colonnade.pattern import FixedPattern, HasMask
 from colonnade.shapes import (
     CuSeqlens,
     Key,
@@ -159,6 +159,31 @@ def attention_varlen(
         return out
     assert lse is not None
     return out, lse.squeeze(0)
+
+
+def attention_reduced(
+    query: Query,
+    key: Key,
+    value: Value,
+    pattern: FixedPattern,
+    reduced: int,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Output:
+    """`attention` over keys that hold, of the first `reduced` blocks, only the summaries.
+
+    What a cache keeps: kv_len = reduced · summary + the positions from reduced · stride on, and
+    the queries are the last of them. Each key head has the summaries of its own sub-block.
+    """
+    assert pattern.causal
+    assert pattern.part != "local"
+    assert query.shape[2] <= key.shape[2] - reduced * pattern.summary
+    query, key, value = cast_as_autocast_would(query, key, value)
+    check_tensors(query, key, value)
+    request = make_request(query, pattern, scale, dropout_p, False, reduced=reduced)
+    return _run(query, key, value, request, backend)[0]
 
 
 def _run(

@@ -114,6 +114,7 @@ def make_request(
     dropout_p: float = 0.0,
     return_lse: bool = True,
     cu_seqlens: Tensor | None = None,
+    reduced: int = 0,
 ) -> Request:
     """The options of a call, checked, and the scale filled in."""
     if isinstance(pattern, type) or not isinstance(pattern, HasMask):
@@ -126,7 +127,7 @@ def make_request(
         scale = 1 / math.sqrt(query.shape[-1])
     check_finite("scale", scale)
     check_probability("dropout_p", dropout_p)
-    return Request(pattern, float(scale), float(dropout_p), return_lse, cu_seqlens)
+    return Request(pattern, float(scale), float(dropout_p), return_lse, cu_seqlens, reduced)
 
 
 def check_finite(name: str, number: float) -> None:

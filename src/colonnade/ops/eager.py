@@ -66,7 +66,7 @@ def attend(
     heads = head_groups(pattern, num_kv_heads)
     outs, lses = [], []
     for group in heads:
-        plan = make_plan(pattern, query.shape[2], key.shape[2], request.cu_seqlens, group)
+        plan = make_plan(pattern, query.shape[2], key.shape[2], request, group)
         q, k, v = (only_heads(t, group, num_kv_heads) for t in (query, key, value))
         out, lse = _forward(
             q,

@@ -36,7 +36,7 @@ def attend(
         **options: To the operation: scale, dropout_p, backend.
     """
     outs = []
-    for pattern, first, stop in _runs(patterns, key.shape[1]):
+    for pattern, first, stop in runs_of_heads(patterns, key.shape[1]):
         group = query.shape[1] // key.shape[1]
         q, k, v = query[:, first * group : stop * group], key[:, first:stop], value[:, first:stop]
         if packing is None:
@@ -65,7 +65,7 @@ def check_patterns(patterns: Patterns, num_kv_heads: int) -> None:
         )
 
 
-def _runs(patterns: Patterns, num_kv_heads: int) -> Iterator[tuple[Pattern, int, int]]:
+def runs_of_heads(patterns: Patterns, num_kv_heads: int) -> Iterator[tuple[Pattern, int, int]]:
     """Each pattern with its key heads first … stop - 1; the first runs are longer by one."""
     if not isinstance(patterns, tuple):
         patterns = (patterns,)

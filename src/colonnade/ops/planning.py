@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
-from colonnade.ops.request import document_lengths
+from colonnade.ops.request import Request, document_lengths
 from colonnade.pattern import FixedPattern, Part
 from colonnade.plan import Plan, Row, fixed_plan, own_from_slots, packed_plan
-from colonnade.shapes import CuSeqlens
 
 
 def make_plan(
-    pattern: FixedPattern, q_len: int, kv_len: int, cu_seqlens: CuSeqlens | None, heads: range
+    pattern: FixedPattern, q_len: int, kv_len: int, request: Request, heads: range
 ) -> Plan:
-    """The plan of the last `q_len` of `kv_len` positions, or of documents, for some key heads.
+    """The plan of the last `q_len` of `kv_len` keys, or of documents, for some key heads.
 
     Raises:
         ValueError: What cu_seqlens says does not fit `kv_len`.
     """
     p = pattern
     sets = p.stride, p.summary, p.subblocks, p.part, p.causal
-    gather, table, shift = _plan(*sets, q_len, kv_len, cu_seqlens, list(heads))
+    gather, table, shift = _plan(
+        *sets, q_len, kv_len, request.reduced, request.cu_seqlens, list(heads)
+    )
     return Plan(gather, table, shift, own_from_slots(pattern))
 
 
@@ -33,7 +34,8 @@ def make_plan(
     "colonnade::plan",
     mutates_args=(),
     schema="(int stride, int summary, int subblocks, str part, bool causal, "
-    "SymInt q_len, SymInt kv_len, Tensor? cu_seqlens, int[] heads) -> (Tensor, Tensor, Tensor)",
+    "SymInt q_len, SymInt kv_len, SymInt reduced, Tensor? cu_seqlens, int[] heads) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _plan(
     stride: int,
@@ -43,13 +45,14 @@ def _plan(
     causal: bool,
     q_len: int,
     kv_len: int,
+    reduced: int,
     cu_seqlens: Tensor | None,
     heads: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     pattern = FixedPattern(stride, summary, subblocks, part, causal)
     if cu_seqlens is None:
         # A compiler may write into what an operation gave it.
-        plan = _kept(pattern, q_len, kv_len, tuple(heads))
+        plan = _kept(pattern, q_len, kv_len, tuple(heads), reduced)
         return (
             plan.gather.clone(memory_format=torch.contiguous_format),
             plan.table.clone(),
@@ -60,9 +63,11 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=8)
-def _kept(pattern: FixedPattern, q_len: int, kv_len: int, heads: tuple[int, ...]) -> Plan:
+def _kept(
+    pattern: FixedPattern, q_len: int, kv_len: int, heads: tuple[int, ...], reduced: int
+) -> Plan:
     """A short sequence's plan takes longer than its attention, and layers share one."""
-    return fixed_plan(pattern, q_len, kv_len, heads)
+    return fixed_plan(pattern, q_len, kv_len, heads, reduced)
 
 
 @_plan.register_fake

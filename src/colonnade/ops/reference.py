@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.ops.request import Request, by_documents
+from colonnade.pattern import FixedPattern
+from colonnade.plan import kept_positions
 from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, Value
 
 
@@ -37,8 +39,8 @@ def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Outp
         return out, lse
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
-    mask = _checked(request.pattern.mask(kv_len, num_kv_heads), (num_kv_heads, kv_len, kv_len))
-    mask = mask[:, None, kv_len - q_len :].to(query.device)
+    mask = _mask(request, kv_len, num_kv_heads)
+    mask = mask[:, None, mask.shape[1] - q_len :].to(query.device)
     grouped = query.unflatten(1, (num_kv_heads, -1)).to(compute)
     scores = grouped @ key[:, :, None].to(compute).mT * request.scale
     # A row that reads nothing has no softmax: it runs over zeros, and is set aside afterwards.
@@ -49,6 +51,19 @@ def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Outp
     weights = F.dropout(weights, request.dropout_p)
     out = weights @ value[:, :, None].to(compute)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+
+
+def _mask(request: Request, kv_len: int, num_kv_heads: int) -> Mask:
+    """[kv_heads, positions, kv_len]: all positions are as many as keys, unless some are reduced."""
+    pattern = request.pattern
+    if request.reduced == 0:
+        shape = num_kv_heads, kv_len, kv_len
+        return _checked(pattern.mask(kv_len, num_kv_heads), shape)
+    assert isinstance(pattern, FixedPattern)
+    seq_len = kv_len + request.reduced * (pattern.stride - pattern.summary)
+    kept = [kept_positions(pattern, seq_len, request.reduced, h) for h in range(num_kv_heads)]
+    mask = pattern.mask(seq_len, num_kv_heads)
+    return torch.stack([mask[head][:, positions] for head, positions in enumerate(kept)])
 
 
 def _checked(mask: Mask, shape: tuple[int, int, int]) -> Mask:

@@ -25,6 +25,8 @@ class Request:
         cu_seqlens: Where documents begin and end that lie one after the other along the sequence,
             batch 1, as many queries as keys; not checked yet, see `document_lengths`. None: one
             sequence, whose last positions are the queries.
+        reduced: Of so many blocks, the first ones, the keys are the summaries alone, as in a cache;
+            the pattern is a causal FixedPattern then. The queries lie behind them.
     """
 
     pattern: HasMask
@@ -32,6 +34,7 @@ class Request:
     dropout_p: float = 0.0
     return_lse: bool = True
     cu_seqlens: CuSeqlens | None = None
+    reduced: int = 0
 
 
 def document_lengths(cu_seqlens: Tensor, total: int) -> list[int]:

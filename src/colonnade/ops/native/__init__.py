@@ -53,7 +53,7 @@ def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Outp
     """softmax(scale · q kᵀ) v over what the pattern reads, and the log of its denominator."""
     pattern = request.pattern
     assert isinstance(pattern, FixedPattern)
-    plan = make_plan(pattern, query.shape[2], key.shape[2], request.cu_seqlens, range(key.shape[1]))
+    plan = make_plan(pattern, query.shape[2], key.shape[2], request, range(key.shape[1]))
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.colonnade.native_forward(

@@ -1,0 +1,105 @@
+"""Attention of new queries over the entries that a cache keeps: [slots | tail].
+
+A single query of a decoder reads a run of them that has no gap, in nearly all cases, and so is one
+dense product. Chunks of queries go through the plan.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from colonnade.ops.attention import attention, attention_reduced
+from colonnade.ops.autocast import cast_as_autocast_would, without_autocast
+from colonnade.pattern import FixedPattern, Pattern
+from colonnade.plan import last_reads, last_span, num_rows, num_slots
+from colonnade.shapes import Key, Output, Query, Value
+
+
+def attend_held(
+    query: Query,
+    key: Key,
+    value: Value,
+    pattern: Pattern,
+    seq_len: int,
+    begin: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Output:
+    """The last queries of `seq_len` positions, of which all rows keep the same.
+
+    Args:
+        query: [batch, heads, q_len, qk_dim].
+        key: [batch, kv_heads, kept, qk_dim]: the summaries of the blocks before position `begin`,
+            then all positions from there on.
+        value: [batch, kv_heads, kept, v_dim].
+        pattern: Causal.
+        seq_len: Positions, the queries included.
+        begin: Where the tail begins.
+        scale: Factor on the scores; 1/sqrt(qk_dim) if None.
+        dropout_p: Share of the weights that is dropped.
+    """
+    if query.shape[2] == 1:
+        span = last_span(pattern, seq_len, begin, key.shape[1])
+        if span is not None:
+            k, v = (t[:, :, span.start : span.stop] for t in (key, value))
+            return _attend_all(query, k, v, scale, dropout_p)
+    options = {"scale": scale, "dropout_p": dropout_p}
+    if num_slots(pattern, begin) == 0:
+        # Blocks and windows do not notice that positions before the tail are gone.
+        out = attention(query, key, value, pattern, **options)  # type: ignore[arg-type]
+        assert isinstance(out, Tensor)
+        return out
+    assert isinstance(pattern, FixedPattern)
+    reduced = num_rows(begin, pattern.stride)
+    return attention_reduced(query, key, value, pattern, reduced, **options)  # type: ignore[arg-type]
+
+
+def attend_last(
+    query: Query,
+    key: Key,
+    value: Value,
+    pattern: Pattern,
+    seq_lens: list[int],
+    begins: list[int],
+    is_token: Bool[Tensor, " batch"],
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Output:
+    """One query a row, where rows keep different numbers of entries; else as `attend_held`.
+
+    A row whose query is no token, or reads nothing, gives 0. What lies behind a row's entries must
+    be finite.
+    """
+    lengths = torch.tensor(seq_lens), torch.tensor(begins)
+    reads = last_reads(pattern, *lengths, key.shape[2], key.shape[1]).to(query.device)
+    some = reads.any(-1) & is_token[:, None]
+    # A softmax over nothing would be NaN: such a query reads everything, and is set aside.
+    reads = reads | ~some[..., None]
+    out = _attend_all(query, key, value, scale, dropout_p, reads[:, :, None])
+    group = query.shape[1] // key.shape[1]
+    return out.masked_fill(~some.repeat_interleave(group, 1)[:, :, None, None], 0.0)
+
+
+def _attend_all(
+    query: Query,
+    key: Key,
+    value: Value,
+    scale: float | None,
+    dropout_p: float,
+    reads: Bool[Tensor, "batch kv_heads 1 kept"] | None = None,
+) -> Output:
+    """One query a head over all keys, or those that it `reads`.
+
+    The queries of a group share their keys, and none hides one from another: they are the rows of
+    one product, and no key is repeated.
+    """
+    query, key, value = cast_as_autocast_would(query, key, value)
+    if key.shape[2] == 0:
+        return query.new_zeros(*query.shape[:3], value.shape[3])
+    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+    with without_autocast(query.device.type):
+        out = scaled_dot_product_attention(grouped, key, value, reads, dropout_p, scale=scale)
+    return out.flatten(1, 2).unsqueeze(2)
