@@ -395,6 +395,7 @@ def _bad(**changes: Any) -> dict[str, Any]:
     return {"query": query, "key": key, "value": value, **changes}
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -422,6 +423,7 @@ def test_a_mistake_changes_nothing(
     torch.testing.assert_close(found, _whole(MERGED, *tensors)[:, :, 6:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

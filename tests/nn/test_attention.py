@@ -146,12 +146,6 @@ def test_no_position_sees_the_future(part: Part, t: int) -> None:
     assert (grad[:, t:] == 0).all()
 
 
-def test_a_cache_is_not_there_yet() -> None:
-    layer = SelfAttention(8, 2, FixedPattern(4, 1))
-    with pytest.raises(NotImplementedError, match="cache"):
-        layer(torch.randn(1, 4, 8), cache=object())
-
-
 @pytest.mark.plain
 @pytest.mark.parametrize("pattern", [None, "fixed", torch.ones(4, 4)])
 def test_a_pattern_is_a_pattern(pattern: object) -> None:

@@ -53,6 +53,7 @@ def test_padded_rows_decode_as_they_would_alone(pattern: Patterns) -> None:
     torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.plain
 def test_what_does_not_go_with_a_cache() -> None:
     layer, x = _layer(FixedPattern(5, 2), dropout=0.5), torch.randn(1, 4, 24, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="no dropout"):
