@@ -196,6 +196,32 @@ def test_sample_continues_a_prompt(run: Path) -> None:
     assert len(first) == len(prompt) + 50 + 1
     greedy = succeed("sample", run, "--prompt", "é", "--bytes", 5, "--temperature", 0)
     assert len(greedy.stdout_bytes) == 2 + 5 + 1
+    # One of the five is there when the prompt is read, and the last is not put into the cache.
+    assert re.search(
+        r"[\d,]+ bytes a second, after .* kept \d+ entries a head of 6 positions", greedy.stderr
+    )
+    assert "positions:" not in greedy.stderr
+
+
+def test_sample_goes_on_past_the_last_position(run: Path) -> None:
+    """Both a prompt that is too long and bytes that do not fit; it says what it reads."""
+    prompt = bytes(range(200))
+    found = succeed("sample", run, "--prompt-file", "-", "--bytes", 300, stdin=prompt)
+    assert found.stdout_bytes.startswith(prompt)
+    assert len(found.stdout_bytes) == 200 + 300 + 1
+    assert "of the 200 bytes of the prompt it reads the last 64" in found.stderr
+    assert "whenever they are used up, it goes on from the last 64 bytes" in found.stderr
+
+
+def test_sample_writes_each_byte_when_it_is_drawn(run: Path) -> None:
+    """A reader gets the first one while the last is not there yet, and may leave."""
+    command = [sys.executable, "-m", "colonnade.cli", "sample", str(run), "--bytes", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert len(process.stdout.read(300)) == 300
+        assert process.poll() is None
+        process.stdout.close()
+        assert process.wait(timeout=60) != 0
 
 
 def test_show_writes_text_and_pictures(tmp_path: Path) -> None:
@@ -339,7 +365,7 @@ def mistakes(run: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[obje
         "min context": (["eval", run, "--min-context", 128], "min_context=128 and context=128"),
         "split": (["eval", run, "--split", "tests"], "split='tests'"),
         "sample other model": (["sample", other], "'gpt2'"),
-        "sample too long": (["sample", run, "--bytes", 128], "128 positions"),
+        "sample nothing": (["sample", run, "--bytes", 0], "bytes=0"),
         "empty prompt": (["sample", run, "--prompt", ""], "at least one byte"),
         "two prompts": (["sample", run, "--prompt", "a", "--prompt-file", file], "not both"),
         "no prompt file": (["sample", run, "--prompt-file", "nothing"], "nothing"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.hf.test_model import random_model, tokens
+from tests.hf.test_model import enable_recomputation, random_model, tokens
 from tests.rounding import check_half_the_digits
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -205,10 +205,7 @@ def test_recomputation_drops_the_same_weights(
     plain, other = step(5), step(6)
     assert len(plain) == 1 + len(list(model.parameters()))
     assert not torch.equal(plain[0], other[0])
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    else:  # Its name in earlier releases of transformers.
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable_recomputation(model, use_reentrant=reentrant)
     for one, again in zip(plain, step(5), strict=True):
         assert torch.equal(one, again)
 

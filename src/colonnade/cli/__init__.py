@@ -9,9 +9,9 @@ from __future__ import annotations
 from colonnade.cli.common import app
 
 # In the order in which the help names them.
-from colonnade.cli import training, patterns, machine  # isort: skip
+from colonnade.cli import training, sampling, patterns, machine  # isort: skip
 
-__all__ = ["app", "machine", "main", "patterns", "training"]
+__all__ = ["app", "machine", "main", "patterns", "sampling", "training"]
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
-"""`train`, `eval` and `sample`."""
+"""`train` and `eval`."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -197,7 +196,7 @@ def eval(
 
         at_least_one("batch_size", batch_size)
         settings = run.RunSettings.load(run_folder)
-        model = _load_model(run_folder)
+        model = load_model(run_folder)
         corpus = settings.corpus()
         scored = corpus if data is None else open_corpus(data)
         begin, end = corpus.split(split) if data is None else (0, len(scored))
@@ -220,74 +219,7 @@ def eval(
     Console().print(table)
 
 
-@app.command()
-def sample(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File whose bytes are continued; - for standard input.")
-    ] = None,
-    num_bytes: Annotated[int, typer.Option("--bytes", help="How many to write.")] = 400,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-) -> None:
-    """Write the prompt and the bytes that the model continues it with to standard output."""
-    with one_line_for_mistakes():
-        from transformers import set_seed
-
-        start = _prompt_bytes(prompt, prompt_file)
-        at_least_one("bytes", num_bytes)
-        if temperature < 0 or top_k < 0:
-            raise ValueError(
-                "temperature and top_k must be at least 0, "
-                f"got temperature={temperature} and top_k={top_k}."
-            )
-        model = _load_model(run_folder)
-        limit = model.config.max_position_embeddings
-        if len(start) + num_bytes > limit:
-            raise ValueError(
-                f"prompt and new bytes must fit into the model's {limit} positions, "
-                f"got a prompt of {len(start)} bytes and bytes={num_bytes}."
-            )
-    set_seed(seed)
-    written = _generate(model, start, num_bytes, temperature, top_k)
-    sys.stdout.buffer.write(written)
-    sys.stdout.buffer.write(b"\n")
-    sys.stdout.buffer.flush()
-
-
-def _prompt_bytes(prompt: str | None, prompt_file: Path | None) -> bytes:
-    if prompt is not None and prompt_file is not None:
-        raise ValueError("give --prompt or --prompt-file, not both.")
-    if prompt_file is None:
-        start = os.fsencode("\n" if prompt is None else prompt)
-    elif str(prompt_file) == "-":
-        start = sys.stdin.buffer.read()
-    else:
-        start = prompt_file.read_bytes()
-    if not start:
-        raise ValueError("the prompt must hold at least one byte, got an empty one.")
-    return start
-
-
-def _generate(
-    model: PreTrainedModel, start: bytes, num_bytes: int, temperature: float, top_k: int
-) -> bytes:
-    import torch
-
-    tokens = torch.tensor([list(start)], device=model.device)
-    draw: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    # The mask is given: transformers would guess padding from a byte that equals the pad token.
-    generated = model.generate(  # type: ignore[operator]  # Typed as an attribute of any module.
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_bytes, **draw
-    )
-    return bytes(generated[0].tolist())
-
-
-def _load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path) -> PreTrainedModel:
     """A trained byte model, ready to evaluate.
 
     Raises:

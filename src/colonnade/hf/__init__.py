@@ -7,8 +7,10 @@ AutoConfig, AutoModel and AutoModelForCausalLM.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from colonnade.hf.attention import register
+from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.model import SparseTransformerForCausalLM, SparseTransformerModel
+from colonnade.hf.retrofit import load, retrofit
 from colonnade.hf.tokenizer import byte_tokenizer
 
 register()
@@ -17,8 +19,11 @@ AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=Tru
 AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)
 
 __all__ = [
+    "FixedCache",
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
     "byte_tokenizer",
+    "load",
+    "retrofit",
 ]

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
-from colonnade.ops.heads import Patterns, attend
+from colonnade.hf.cache import CacheOffset, FixedCache
+from colonnade.hf.settings import NAME, patterns_of
+from colonnade.ops.heads import Patterns, attend, runs_of_heads
+from colonnade.ops.held import attend_positions
 from colonnade.ops.packing import Packing
-from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 from colonnade.shapes import Key, Output, Positions, Query, Value
-
-NAME = "colonnade"
-SCHEMES = ("merged", "interleaved", "multihead")
-"""The three ways to use a factorization (Child et al. 2019, section 5.1)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +32,22 @@ class PatternMask:
 
     Attributes:
         packing: Padded or packed rows with as many queries as keys; None: neither.
-        padding: [batch, keys], True at tokens, where there are fewer queries than keys.
+        padding: [batch, positions], True at tokens, where there are fewer queries than keys.
+        cache: Which holds what the queries read, where it does not hold everything.
+        filled: How many positions of the keys there are, where their length does not say so.
     """
 
     packing: Packing | None = None
-    padding: Bool[Tensor, "batch kv_len"] | None = None
+    padding: Bool[Tensor, "batch positions"] | None = None
+    cache: FixedCache | None = None
+    filled: int | Tensor | None = None
+    # `generate` makes the mask of a static cache ahead and hands it in as an attention mask: what
+    # is not 4-D is taken for the user's, and reshaped.
+    ndim = 4
+
+    def contiguous(self) -> PatternMask:
+        """Itself, as it is asked of a tensor."""
+        return self
 
     @property
     def is_packed(self) -> bool:
@@ -52,44 +61,6 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask_function)
 
 
-def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
-    """What layer `layer_idx` of a model reads, from its configuration.
-
-    Raises:
-        ValueError: The configuration lacks `colonnade_stride` or `colonnade_summary`, or what it
-            asks for does not exist.
-    """
-    stride = getattr(config, "colonnade_stride", None)
-    summary = getattr(config, "colonnade_summary", None)
-    if stride is None or summary is None:
-        raise ValueError(
-            f"attn_implementation={NAME!r} needs colonnade_stride and colonnade_summary, "
-            f"which {type(config).__name__} does not have. Only the Sparse Transformer runs so far."
-        )
-    kind = getattr(config, "colonnade_pattern", "fixed")
-    scheme = getattr(config, "colonnade_scheme", "merged")
-    patterns: dict[str, Callable[[], Pattern]] = {
-        "fixed": lambda: FixedPattern(stride, summary, getattr(config, "colonnade_subblocks", 1)),
-        "strided": lambda: StridedPattern(stride),
-        "local": lambda: LocalPattern(stride),
-        "full": FullPattern,
-    }
-    if kind not in patterns:
-        raise ValueError(f"pattern must be one of {list(patterns)}, got pattern={kind!r}.")
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {SCHEMES}, got scheme={scheme!r}.")
-    pattern = patterns[kind]()
-    if scheme == "merged":
-        return pattern
-    if not isinstance(pattern, FixedPattern | StridedPattern):
-        raise ValueError(
-            f"scheme must be 'merged' for a pattern without factors, "
-            f"got scheme={scheme!r} and pattern={kind!r}."
-        )
-    factors = pattern.factors()
-    return factors[layer_idx % len(factors)] if scheme == "interleaved" else factors
-
-
 def mask_function(
     batch_size: int,
     q_length: int,
@@ -97,22 +68,32 @@ def mask_function(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | PatternMask | None = None,
     **_: Any,
 ) -> PatternMask:
     """The descriptor that stands for the mask of these sizes; never a [q_length, kv_length] tensor.
 
     Raises:
+        ValueError: A `FixedCache` and an attention mask that contradicts it.
         NotImplementedError: A mask other than the causal one and that of packed rows, or a cache
-            that holds more or fewer entries than there are positions.
+            that drops positions and is no `FixedCache`.
     """
-    if kv_offset != 0 or kv_length != int(q_offset) + q_length:
-        raise NotImplementedError(
-            f"attn_implementation={NAME!r} needs a cache that holds every position once, got "
-            f"kv_length={kv_length}, kv_offset={kv_offset} for q_offset={int(q_offset)} and "
-            f"q_length={q_length}. Use a DynamicCache."
-        )
+    if isinstance(attention_mask, PatternMask):  # Made ahead.
+        return attention_mask
     document = _packed_documents(mask_function)
+    if isinstance(kv_offset, CacheOffset):
+        kv_offset.cache.announce(q_length, attention_mask)
+        return PatternMask(cache=kv_offset.cache)
+    if isinstance(q_offset, Tensor):  # A static cache: it counts on the device.
+        return PatternMask(padding=attention_mask, filled=q_offset + q_length)
+    if kv_offset != 0 or kv_length < q_offset + q_length:
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r} needs a cache that holds every position once, or a "
+            f"FixedCache; got kv_length={kv_length}, kv_offset={kv_offset} for "
+            f"q_offset={q_offset} and q_length={q_length}."
+        )
+    if kv_length > q_offset + q_length:  # A static cache that is empty.
+        return PatternMask(padding=attention_mask, filled=q_length)
     if document is not None:
         return PatternMask(Packing.of_documents(document))
     if attention_mask is None or bool(attention_mask.all()):
@@ -163,12 +144,50 @@ def attention_function(
     attention_mask: PatternMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Float[Tensor, "batch q_len heads v_dim"], None]:
     """`colonnade.attention` with the pattern of `module.config`, in transformers' layout.
 
     Raises:
-        ValueError: `attention_mask` did not come from our mask function, so padding may be lost.
+        ValueError: `attention_mask` did not come from our mask function, so padding may be lost; or
+            the cache was made for another pattern.
+        NotImplementedError: A window, capped scores, attention sinks, or attention that is not
+            causal.
+    """
+    check_mask(attention_mask)
+    assert attention_mask is not None
+    _check_call(module, is_causal, others)
+    # Modules of transformers that attend have both.
+    patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
+    options = {"scale": scaling, "dropout_p": dropout}
+    padding, filled = attention_mask.padding, attention_mask.filled
+    if attention_mask.cache is not None:
+        kv = attention_mask.cache.layers[module.layer_idx].kv  # type: ignore[index]
+        if kv.pattern != patterns:
+            raise ValueError(
+                f"the cache was made for another pattern than layer {module.layer_idx} reads, got "
+                f"{kv.pattern} and {patterns}. Use FixedCache(model.config)."
+            )
+        out = kv.read(query, key, value, scaling, dropout)
+    elif filled is not None and torch.compiler.is_compiling():
+        out = _attend_filled(query, key, value, patterns, filled, padding, options)
+    else:
+        if filled is not None:
+            key, value = (t[:, :, : int(filled)] for t in (key, value))
+            padding = None if padding is None else padding[:, : int(filled)]
+        if padding is None or bool(padding.all()):
+            out = attend(query, key, value, patterns, attention_mask.packing, **options)
+        else:
+            out = _attend_rows(query, key, value, patterns, padding, options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def check_mask(attention_mask: object) -> None:
+    """Refuse a mask that did not come from our mask function.
+
+    Raises:
+        ValueError: As it says.
     """
     if not isinstance(attention_mask, PatternMask):
         found = (
@@ -180,14 +199,54 @@ def attention_function(
             f"attn_implementation={NAME!r} takes the mask of its own mask function only, got "
             f"{found}. Pass a 2-D attention_mask to the model, or none."
         )
-    # Modules of transformers that attend have both.
-    patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
-    options = {"scale": scaling, "dropout_p": dropout}
-    if attention_mask.padding is None:
-        out = attend(query, key, value, patterns, attention_mask.packing, **options)
-    else:
-        out = _attend_rows(query, key, value, patterns, attention_mask.padding, options)
-    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any]) -> None:
+    """Refuse what would be silently wrong."""
+    for name in UNSUPPORTED:
+        if others.get(name) is not None:
+            raise NotImplementedError(
+                f"attn_implementation={NAME!r} has no {name}, got {name}={others[name]} from "
+                f"{type(module).__name__}."
+            )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal or getattr(module, "is_cross_attention", False):
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r} is causal self-attention only, got a "
+            f"{type(module).__name__} that is not."
+        )
+
+
+UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "sinks")
+"""What models hand to their attention function that changes the result, and we do not have."""
+
+
+def _attend_filled(
+    query: Query,
+    key: Key,
+    value: Value,
+    patterns: Patterns,
+    filled: int | Tensor,
+    padding: Bool[Tensor, "batch positions"] | None,
+    options: dict[str, Any],
+) -> Output:
+    """The last of `filled` positions over the buffer of a static cache, without looking inside."""
+    batch, length = key.shape[0], key.shape[2]
+    at = torch.arange(length, device=key.device)
+    is_token = (at < filled).expand(batch, -1)
+    if padding is not None:
+        of_buffer = torch.nn.functional.pad(padding, (0, length - padding.shape[1]))
+        is_token = is_token & of_buffer
+    position = is_token.cumsum(1) - 1
+    last = filled - query.shape[2] + torch.arange(query.shape[2], device=key.device)
+    outs = []
+    for pattern, first, stop in runs_of_heads(patterns, key.shape[1]):
+        group = query.shape[1] // key.shape[1]
+        tensors = query[:, first * group : stop * group], key[:, first:stop], value[:, first:stop]
+        outs.append(
+            attend_positions(*tensors, pattern, position[:, last], position, is_token, **options)
+        )
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
 def _attend_rows(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from colonnade.hf.attention import NAME, patterns_of
+from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.check import check_probability
 from colonnade.ops.heads import check_patterns
 from colonnade.pattern import FixedPattern
@@ -146,7 +146,6 @@ class SparseTransformerConfig(PreTrainedConfig):
         if self.embedding_std is None:
             self.embedding_std = 0.125 / math.sqrt(self.hidden_size)
         FixedPattern(self.stride, self.summary, self.subblocks)
-        check_patterns(patterns_of(self, layer_idx=0), self.num_key_value_heads)
         for name in ("vocab_size", "num_hidden_layers", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
@@ -160,6 +159,8 @@ class SparseTransformerConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout"):
             check_probability(name, getattr(self, name))
         super().__post_init__(**kwargs)
+        for layer in range(self.num_hidden_layers if self.is_heterogeneous else 1):
+            check_patterns(patterns_of(self, layer), self.num_key_value_heads)
         # Not saved with a checkpoint: the configuration itself has to ask for it.
         if self._attn_implementation is None:
             self._attn_implementation = NAME

@@ -7,11 +7,16 @@ through the function that is registered as "colonnade", the way every transforme
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,8 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from colonnade.hf.attention import NAME, PatternMask, patterns_of
+from colonnade.hf.attention import PatternMask, check_mask
+from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
+from colonnade.hf.settings import NAME, patterns_of
 from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbedding
 
 
@@ -52,20 +59,10 @@ class SparseTransformerAttention(nn.Module):
         query, key, value = self.layer.project(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, _no_dense_attention
-        )
+        attend = ALL_ATTENTION_FUNCTIONS[NAME]
         dropout = self.layer.dropout if self.training else 0.0
         out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, **kwargs)
         return self.layer.merge_heads(out.transpose(1, 2))
-
-
-def _no_dense_attention(module: SparseTransformerAttention, *_: Any, **__: Any) -> NoReturn:
-    """What attn_implementation="eager" gets: transformers lets every model have it."""
-    raise NotImplementedError(
-        f"the Sparse Transformer runs attn_implementation={NAME!r} only, "
-        f"got {module.config._attn_implementation!r}."
-    )
 
 
 class SparseTransformerLayer(GradientCheckpointingLayer):
@@ -142,7 +139,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         super().__init__(config)
         sizes = config.vocab_size, config.hidden_size
         self.embedding = (
-            TextEmbedding(*sizes, config.max_position_embeddings, config.stride)
+            TextEmbedding(*sizes, config.max_position_embeddings, config.per_layer_config[0].stride)
             if config.image_shape is None
             else ImageEmbedding(*sizes, *config.image_shape)
         )
@@ -181,31 +178,34 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
                 position that the model has no embedding for, or a cache for packed rows.
             NotImplementedError: A mask of another kind, or a cache that drops positions.
         """
+        if self.config._attn_implementation != NAME:  # transformers lets every model have "eager".
+            raise NotImplementedError(
+                f"the Sparse Transformer runs attn_implementation={NAME!r} only, "
+                f"got {self.config._attn_implementation!r}."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embedding.token(input_ids)
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
             attention_mask = None  # transformers looks for packed rows only where there is none.
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        # Packed rows are found only without a cache, and those with one have to be refused.
-        is_fresh = isinstance(past_key_values, DynamicCache) and not seen
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=None if is_fresh else past_key_values,
-            position_ids=position_ids,
-        )
-        packed = isinstance(mask, PatternMask) and mask.is_packed
-        packed = packed or (seen > 0 and attention_mask is None and _restart(position_ids))
+        packed = attention_mask is None and _restart(position_ids)
         if packed and past_key_values is not None:
             raise ValueError(
                 "packed rows (position_ids that restart) cannot be continued, so they take no "
                 "cache. Leave past_key_values out."
             )
         if use_cache and past_key_values is None and not packed:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = FixedCache(self.config)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        check_mask(mask)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, seen)
         self._check_positions(position_ids)
@@ -221,6 +221,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
     def _check_positions(self, position_ids: Tensor) -> None:
         """A position without an embedding would be an obscure index error, or worse on a GPU."""
         limit = self.config.max_position_embeddings
+        if torch.compiler.is_compiling():  # It may not look at numbers.
+            return
         if (
             position_ids.numel()
             and not 0 <= int(position_ids.min()) <= int(position_ids.max()) < limit
@@ -254,6 +256,29 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _prepare_cache_for_generation(  # type: ignore[override]  # Only these two are looked at.
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """What `generate` calls to get a cache: ours, where no other was asked for.
+
+        Raises:
+            NotImplementedError: A quantised or an offloaded cache.
+        """
+        kind = generation_config.cache_implementation
+        if kind is not None and kind.startswith(("offloaded", "quantized")):
+            raise NotImplementedError(
+                f"the Sparse Transformer has no {kind} cache, got cache_implementation={kind!r}. "
+                "Leave it out: what is kept is small."
+            )
+        wants_ours = kind in (None, "dynamic") and generation_config.use_cache is not False
+        if wants_ours and model_kwargs.get("past_key_values") is None:
+            cache = model_kwargs["past_key_values"] = FixedCache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            return
+        inherited: Any = super()._prepare_cache_for_generation  # type: ignore[misc]  # Its self type.
+        inherited(generation_config, model_kwargs, *args)
+
     @can_return_tuple
     def forward(
         self,
@@ -276,7 +301,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             position_ids: [batch or 1, seq_len]; counted from each row's first token if None.
                 Without `attention_mask` and cache, a row whose positions restart is packed: nothing
                 crosses from one document to another.
-            past_key_values: Keys and values of earlier positions.
+            past_key_values: Keys and values of earlier positions; a `FixedCache` if none is given.
             inputs_embeds: [batch, seq_len, hidden_size] in place of `input_ids`.
             labels: [batch, seq_len]; label t is compared with the prediction from position t - 1,
                 and -100 is left out.

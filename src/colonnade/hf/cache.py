@@ -1,0 +1,290 @@
+"""`KVCache` for every layer of a transformers model: what `generate` keeps.
+
+In transformers a mask is made without the cache, and a cache updated without the mask. So
+`FixedCache` travels to our mask function in the `kv_offset` that transformers hands on, and is told
+there which of the next positions are tokens. An update that was not announced comes from an
+attention that takes what is left for everything, and is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from colonnade.cache import Entries, KVCache
+from colonnade.hf.settings import NAME, patterns_of
+from colonnade.ops.heads import Patterns
+from colonnade.shapes import Key, Value
+
+
+class CacheOffset(int):
+    """The kv_offset of a `FixedCache`, which it brings along; 0 to everybody else."""
+
+    cache: FixedCache
+
+
+@dataclass(frozen=True, eq=False)
+class Announcement:
+    """The positions that come next.
+
+    Attributes:
+        seen: Positions before them, padding included.
+        length: How many come.
+        is_token: [batch, length], False at padding; None: no padding.
+    """
+
+    seen: int
+    length: int
+    is_token: Bool[Tensor, "batch length"] | None
+
+
+class FixedLayer(CacheLayerMixin):
+    """A `KVCache` as transformers' cache of one layer.
+
+    Attributes:
+        kv: What is kept.
+        seen: Positions so far, padding included: transformers counts them so.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, pattern: Patterns, max_seq_len: int | None = None) -> None:
+        super().__init__()
+        self.kv = KVCache(pattern, max_seq_len)
+        self.seen = 0
+
+    def __repr__(self) -> str:
+        return repr(self.kv)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether everything stays that comes from now on, until it is cropped."""
+        return not self.kv.evicting
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.kv.evicting = not value
+
+    def activate_past_recording(self) -> None:
+        """Keep everything that comes from now on, until it is cropped: for assisted decoding."""
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the first update brings the sizes."""
+
+    def update(
+        self,
+        key_states: Key,
+        value_states: Value,
+        is_token: Bool[Tensor, "batch length"] | None = None,
+    ) -> Entries:
+        """Append, and give what the queries of these positions may read."""
+        entries = self.kv.append(key_states, value_states, is_token)
+        self.seen += key_states.shape[2]
+        self.is_initialized = True
+        return entries
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(positions with the next ones, 0): as if everything were kept."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Positions so far, padding included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """The `max_seq_len` asked for, or -1."""
+        return -1 if self.kv.max_seq_len is None else self.kv.max_seq_len
+
+    def offload(self) -> None:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a FixedCache is not offloaded: it is small. Use it as it is.")
+
+    prefetch = offload
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.kv.reset()
+        self.seen = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        if self.seen:
+            self.kv.reorder(beam_idx)
+
+
+class FixedCache(Cache):
+    """Keys and values that later positions can still read, for attn_implementation="colonnade".
+
+    With l = stride and c = summary a layer keeps, after n positions, n // l · c + n mod l entries
+    for each key head (see `colonnade.KVCache`), and the result is that of a full cache. Layers
+    whose pattern is full or strided keep everything. Rows of a left-padded batch keep what each
+    would keep alone.
+
+    Args:
+        config: Of the model; says what each layer reads.
+        max_seq_len: Allocate for so many positions at once, and refuse more. None: grow.
+
+    Raises:
+        ValueError: The configuration has no `colonnade_stride` and `colonnade_summary`.
+    """
+
+    layers: list[FixedLayer]  # type: ignore[assignment]  # Of the kinds that transformers names.
+
+    def __init__(self, config: PreTrainedConfig, max_seq_len: int | None = None) -> None:
+        config = config.get_text_config(decoder=True)
+        layers: list[Any] = [
+            FixedLayer(patterns_of(config, index), max_seq_len)
+            for index in range(config.num_hidden_layers)
+        ]
+        super().__init__(layers=layers)
+        self._announced: Announcement | None = None
+        self._padding: Tensor | None = None
+
+    @property
+    def num_stored(self) -> int:
+        """Entries that each key head keeps; the most of any layer, row and head."""
+        return max(layer.kv.num_stored for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated, in all layers."""
+        return sum(layer.kv.nbytes for layer in self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first update."""
+        return len(self.layers[0].kv.seq_lens) or -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(positions with the next ones, 0); the 0 brings the cache along."""
+        offset = CacheOffset(0)
+        offset.cache = self
+        return self.layers[layer_idx].seen + query_length, offset
+
+    def announce(self, length: int, attention_mask: Tensor | None) -> None:
+        """Say which positions are appended next.
+
+        Args:
+            length: How many, padding included.
+            attention_mask: [batch, positions so far and these], True at tokens; None: all are.
+
+        Raises:
+            ValueError: The mask is not that of all positions, or contradicts an earlier one.
+        """
+        seen = self.get_seq_length()
+        if attention_mask is None and self._padding is not None:
+            raise ValueError(
+                "the cache holds padded rows, so attention_mask must go on saying where the "
+                "padding is, got attention_mask=None."
+            )
+        is_token = None
+        if attention_mask is not None:
+            self._check_padding(attention_mask, seen, length)
+            is_token = attention_mask[:, seen:]
+            if self._padding is None and is_token.all():
+                attention_mask = is_token = None
+        self._announced = Announcement(seen, length, is_token)
+        self._padding = attention_mask
+
+    def _check_padding(self, attention_mask: Tensor, seen: int, length: int) -> None:
+        if attention_mask.shape[1] != seen + length:
+            raise ValueError(
+                "attention_mask must cover every position so far and the new ones, got "
+                f"attention_mask.shape={tuple(attention_mask.shape)} for {seen} positions in the "
+                f"cache and {length} new ones."
+            )
+        held = self.layers[0].kv.seq_lens
+        if seen and attention_mask[:, :seen].sum(1).tolist() != held:
+            raise ValueError(
+                "attention_mask must say of earlier positions what it said when they came: what "
+                f"was left out then is not in the cache. Its rows have now "
+                f"{attention_mask[:, :seen].sum(1).tolist()} tokens there, and had {held}."
+            )
+
+    def update(
+        self, key_states: Key, value_states: Value, layer_idx: int, *_: Any, **__: Any
+    ) -> Entries:
+        """Append the announced positions of a layer, and give what their queries may read.
+
+        Raises:
+            ValueError: They were not announced by our mask function: another attention is at work.
+        """
+        layer, announced = self.layers[layer_idx], self._announced
+        if (
+            announced is None
+            or layer.seen != announced.seen
+            or key_states.shape[2] != announced.length
+        ):
+            raise ValueError(
+                f"a FixedCache works with attn_implementation={NAME!r} and a 2-D attention_mask, "
+                "or none, only: any other attention would take what it keeps for everything. "
+                "Use another cache, such as a DynamicCache, or call "
+                f"model.set_attn_implementation({NAME!r})."
+            )
+        return layer.update(key_states, value_states, announced.is_token)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._announced = self._padding = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` positions, and then what no later one can read.
+
+        Raises:
+            ValueError: A positive number, or the shorter sequence would read what is gone. Call
+                `activate_past_recording` before the positions that shall be cropped.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be negative, the number of positions to forget, got "
+                f"tokens_to_remove={tokens_to_remove}."
+            )
+        seen = max(self.get_seq_length() + tokens_to_remove, 0)
+        for layer in self.layers:
+            if layer.seen <= seen:
+                continue
+            rows = len(layer.kv.seq_lens)
+            left = [seen] * rows
+            if self._padding is not None:
+                left = self._padding[:, :seen].sum(1).tolist()
+            layer.kv.crop(left)
+            layer.seen = seen
+        if self._padding is not None:
+            self._padding = self._padding[:, :seen]
+        for layer in self.layers:
+            layer.kv.evict()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+        if self._padding is not None:
+            self._padding = self._padding[beam_idx.to(self._padding.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, one after the other."""
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, in their order, by number or by a mask."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        for layer in self.layers:
+            if layer.seen:
+                layer.kv.select(indices)
+        if self._padding is not None:
+            self._padding = self._padding[indices.to(self._padding.device)]

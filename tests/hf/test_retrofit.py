@@ -1,0 +1,209 @@
+"""Other models with fixed attention: which layers read what, saved, loaded and fine-tuned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import colonnade as col
+from colonnade.hf import FixedCache, load, retrofit
+from colonnade.hf.settings import patterns_of
+from tests.hf.models import FAMILIES, dense_model, prompts
+from tests.hf.test_model import enable_recomputation, random_model
+from tests.rounding import check_half_the_digits
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@each_family
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_a_layer_it_is_the_model_it_was(family: str, padded: bool) -> None:
+    """Untouched layers stay dense, through the same function."""
+    ids = prompts(2, 21)
+    mask = torch.ones_like(ids)
+    mask[0, : 9 * padded] = 0
+    where: dict[str, Any] = {
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+    dense = dense_model(family)(ids, **where).logits
+    found = retrofit(dense_model(family), 8, 2, layers=[])(ids, **where).logits
+    check_half_the_digits(found[mask.bool()], dense[mask.bool()])
+
+
+@each_family
+def test_chosen_layers_get_the_pattern(family: str) -> None:
+    model = retrofit(dense_model(family), 8, 2, subblocks=2, layers=[0, 2])
+    found = [patterns_of(model.config, layer) for layer in range(3)]
+    assert found == [col.FixedPattern(8, 2, 2), col.FullPattern(), col.FixedPattern(8, 2, 2)]
+    again = retrofit(model, 4, 1)
+    assert again is model
+    assert {patterns_of(model.config, layer) for layer in range(3)} == {col.FixedPattern(4, 1)}
+
+
+def test_layers_may_have_strides_of_their_own() -> None:
+    model = retrofit(dense_model("llama"), 8, 2)
+    model.config.per_layer_config = {1: {"colonnade_stride": 16, "colonnade_summary": 4}}
+    found = [patterns_of(model.config, layer) for layer in range(3)]
+    assert found == [col.FixedPattern(8, 2), col.FixedPattern(16, 4), col.FixedPattern(8, 2)]
+    ids = prompts(1, 40)
+    cache = FixedCache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([17, 1, 1, 21], 1)]
+    check_half_the_digits(torch.cat(parts, 1), model(ids, use_cache=False).logits)
+    assert [layer.kv.num_stored for layer in cache.layers] == [10, 2 * 4 + 8, 10]
+
+
+@pytest.mark.plain
+def test_our_model_takes_strides_per_layer_too() -> None:
+    per_layer = {0: {"colonnade_stride": 4}, 1: {"colonnade_summary": 4, "colonnade_subblocks": 1}}
+    model = random_model(per_layer_config=per_layer)
+    found = [patterns_of(model.config, layer) for layer in range(2)]
+    assert found == [col.FixedPattern(4, 2, 2), col.FixedPattern(8, 4)]
+    assert [layer.block.attention.layer.pattern for layer in model.model.layers] == found
+    ids = prompts(1, 29)
+    cache = FixedCache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([17, 1, 11], 1)]
+    check_half_the_digits(torch.cat(parts, 1), model(ids, use_cache=False).logits)
+    assert (
+        random_model(per_layer_config={1: {"stride": 16}}).model.embedding.column.num_embeddings
+        == 8
+    )
+    with pytest.raises(ValueError, match="summary=9 and stride=8"):
+        random_model(per_layer_config={1: {"colonnade_summary": 9}})
+
+
+@each_family
+@pytest.mark.plain
+def test_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
+    """`from_pretrained` alone gives the dense model: transformers saves no attention's name."""
+    model = retrofit(dense_model(family), 8, 2, layers=[1, 2])
+    model.save_pretrained(tmp_path)
+    ids = prompts(1, 30)
+    logits = model(ids).logits
+    loaded = load(tmp_path, dtype=torch.float64)
+    assert loaded.config._attn_implementation == "colonnade"
+    check_half_the_digits(loaded(ids).logits, logits)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    check_half_the_digits(dense(ids).logits, dense_model(family)(ids).logits)
+
+
+def _train(model: torch.nn.Module, steps: int = 8) -> list[float]:
+    ids = prompts(4, 40)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(wanted, lr=1e-2)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@each_family
+@pytest.mark.plain
+def test_it_is_fine_tuned_with_recomputation_in_bfloat16(family: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = retrofit(dense_model(family).float(), 8, 2, layers=[0, 2])
+        if checkpointing:
+            enable_recomputation(model)
+        torch.manual_seed(1)
+        found.append(_train(model))
+    assert found[0][-1] < found[0][0]
+    assert found[0] == pytest.approx(found[1], rel=2**-8)
+
+
+@pytest.mark.plain
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # Of peft.
+def test_lora_on_top_saved_and_merged(tmp_path: Path) -> None:
+    base = retrofit(dense_model("llama").float(), 8, 2)
+    base.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    losses = _train(tuned)
+    assert losses[-1] < losses[0]
+    tuned.eval()
+    ids = prompts(1, 30)
+    logits = tuned(input_ids=ids).logits
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, logits)
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    cache = FixedCache(merged.config)
+    merged.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert cache.num_stored < 20
+
+
+def _untouched(model: PreTrainedModel) -> bool:
+    return not hasattr(model.config, "colonnade_stride")
+
+
+@pytest.mark.plain
+def test_what_cannot_be_retrofitted_says_why() -> None:
+    small: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    windowed = dense_model("mistral", sliding_window=8)
+    with pytest.raises(NotImplementedError, match=r"sliding window, got sliding_window=8"):
+        retrofit(windowed, 8, 2)
+    assert _untouched(windowed)
+    windowed.config.sliding_window = None
+    retrofit(windowed, 8, 2)
+    gemma = AutoConfig.for_model("gemma2", **small, intermediate_size=16, vocab_size=50, head_dim=8)
+    with pytest.raises(NotImplementedError, match=r"sliding window|capped scores"):
+        retrofit(AutoModelForCausalLM.from_config(gemma), 8, 2)
+    with pytest.raises(NotImplementedError, match="cross-attention"):
+        retrofit(dense_model("gpt2", add_cross_attention=True), 8, 2)
+    with pytest.raises(TypeError, match="transformers model, got a Linear"):
+        retrofit(torch.nn.Linear(1, 1), 8, 2)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="has a fixed pattern already"):
+        retrofit(random_model(), 8, 2)
+    model = dense_model("llama")
+    with pytest.raises(ValueError, match="summary=9 and stride=8"):
+        retrofit(model, 8, 9)
+    with pytest.raises(ValueError, match=r"layers=\[3\] and num_hidden_layers=3"):
+        retrofit(model, 8, 2, layers=[3])
+    with pytest.raises(TypeError, match="layers"):
+        retrofit(model, 8, 2, layers=[True])
+    assert _untouched(model)
+
+
+@pytest.mark.plain
+def test_attention_of_another_kind_raises_where_it_is_called(tmp_path: Path) -> None:
+    """Settings alone do not make a model one that may have them."""
+    settings = {"colonnade_stride": 8, "colonnade_summary": 2, "attn_implementation": "colonnade"}
+    ids = prompts(1, 12)
+    with pytest.raises(NotImplementedError, match=r"a sliding window, a prefix"):
+        dense_model("mistral", sliding_window=8, **settings)(ids)
+    with pytest.raises(ValueError, match=r"needs colonnade_stride.*retrofit"):
+        dense_model("llama", attn_implementation="colonnade")(ids)
+    gpt2 = dense_model("gpt2", add_cross_attention=True, **settings)
+    with pytest.raises(NotImplementedError, match="causal"):
+        gpt2(ids, encoder_hidden_states=torch.randn(1, 5, 32, dtype=torch.float64))
+    model = retrofit(dense_model("llama"), 8, 2)
+    with pytest.raises(ValueError, match="own mask function only"):
+        model(ids, attention_mask=torch.ones(1, 1, 12, 12))
+    attention = model.model.layers[0].self_attn
+    query, key, value = torch.randn(3, 1, 4, 12, 8, dtype=torch.float64)
+    from colonnade.hf.attention import PatternMask, attention_function
+
+    for name in ("softcap", "s_aux", "sliding_window"):
+        with pytest.raises(NotImplementedError, match=f"has no {name}"):
+            attention_function(attention, query, key, value, PatternMask(), **{name: 8})
+    with pytest.raises(NotImplementedError, match="causal self-attention only"):
+        attention_function(attention, query, key, value, PatternMask(), is_causal=False)
+    with pytest.raises(ValueError, match=r"own mask function only, got None"):
+        attention_function(attention, query, key, value, None)
+    dense_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs colonnade_stride"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="got attn_implementation='sdpa'"):
+        load(tmp_path, attn_implementation="sdpa")

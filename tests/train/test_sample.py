@@ -1,0 +1,48 @@
+"""Continuing bytes: which windows are read, and that each new byte is that of its window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from colonnade.train.sample import continue_bytes, windows
+from tests.hf.test_model import random_model
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "num_bytes", "limit", "expected"),
+    [
+        (3, 5, 8, [(3, 5)]),
+        (3, 6, 8, [(3, 6)]),
+        (3, 7, 8, [(3, 6), (4, 1)]),
+        (8, 1, 8, [(8, 1)]),
+        (8, 8, 8, [(8, 1), (4, 5), (4, 2)]),
+        (9, 6, 8, [(4, 5), (4, 1)]),
+        (1, 3, 1, [(1, 1), (1, 1), (1, 1)]),
+        (5, 2, 1, [(1, 1), (1, 1)]),
+    ],
+)
+def test_windows(
+    prompt_len: int, num_bytes: int, limit: int, expected: list[tuple[int, int]]
+) -> None:
+    """The last byte of a window is written and not read."""
+    assert list(windows(prompt_len, num_bytes, limit)) == expected
+
+
+@pytest.mark.parametrize("prompt", [b"x", b"0123456789abcdefghijklm", bytes(range(40))])
+def test_every_byte_is_the_likeliest_after_its_window(prompt: bytes) -> None:
+    model = random_model()
+    written = []
+    report = continue_bytes(model, prompt, 60, written.append, do_sample=False)
+    assert [len(each) for each in written] == [1] * 60
+    text = list(prompt + b"".join(written))
+    at = len(prompt)
+    for read, new in windows(len(prompt), 60, 29):
+        for index in range(at, at + new):
+            window = torch.tensor([text[at - read : index]])
+            assert int(model(window, use_cache=False).logits[0, -1].argmax()) == text[index]
+        at += new
+    assert at == len(text)
+    assert report.cached == read + new - 1
+    assert report.stored <= report.cached
+    assert report.num_bytes == 60 - len(list(windows(len(prompt), 60, 29)))
