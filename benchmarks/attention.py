@@ -169,11 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "attention.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "performance.svg")
     arguments = parser.parse_args()
-    found = info(["torch"], build=True)
-    machine = {
-        name: getattr(found, name)
-        for name in ("versions", "processor", "instructions", "torch_kernels", "threads")
-    }
+    machine = info(["torch"], build=True).for_measurement()
     result: dict[str, Any] = {"machine": machine, "rows": [], "flex": []}
     if arguments.resume:
         earlier = json.loads(arguments.out.read_text())

@@ -1,19 +1,34 @@
-"""One more token, and a prompt: `KVCache` beside a full cache that is allocated ahead.
+"""Decoding through `KVCache` beside caches that hold everything: `make bench-decoding`.
 
-Run as `python benchmarks/decoding.py`; prints a table. B = 1, 8 heads of width 64, stride 128,
-summary 8.
+Nothing else may run beside it; it takes a quarter of an hour. Writes benchmarks/decoding.json and
+docs/decoding.svg, and prints a table. l = 128, c = 8; B = 1, and 8 heads of width 64 where no model
+is named.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from colonnade import FixedPattern, KVCache
 from colonnade.bench import Comparison, compare
+from colonnade.hf import (
+    FixedCache,
+    SparseTransformerConfig,
+    SparseTransformerForCausalLM,
+    retrofit,
+)
+from colonnade.info import info
 
 PATTERN = FixedPattern(128, 8)
 HEADS, HEAD_DIM = 8, 64
@@ -21,26 +36,47 @@ HELD = 65_536
 PROMPT = 32_768
 TOKENS = 64
 """That are timed together; the caches go back to where they were in between."""
+NEW_TOKENS = 256
+DTYPES = (torch.float32, torch.bfloat16)
+LENGTHS = tuple(2**power for power in range(8, 17))
+HERE = Path(__file__).parent
 
 
 def main() -> None:
     """Everything, a line each."""
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
+    machine = info(["torch", "transformers"], build=True).for_measurement()
+    found: dict[str, Any] = {"machine": machine, "comparisons": {}, "fewer_bytes": {}}
+    for dtype in DTYPES:
         for kv_heads in (HEADS, 2):
-            name = f"{str(dtype).removeprefix('torch.')}, {kv_heads} key heads"
+            name = f"{_name(dtype)}, {kv_heads} key heads"
             for max_seq_len in (HELD, None):
-                cache = _filled(dtype, kv_heads, max_seq_len)
+                cache = _filled(dtype, kv_heads, HELD, max_seq_len)
                 fewer = 2 * kv_heads * HELD * HEAD_DIM * dtype.itemsize / cache.nbytes
                 print(f"{name}, max_seq_len={max_seq_len}: {fewer:.2f} times fewer bytes")
-            _print(f"{name}, {TOKENS} tokens", compare(_token_by_token(dtype, kv_heads), 9))
-            _print(f"{name}, prompt", compare(_prompt(dtype, kv_heads), 5))
+                found["fewer_bytes"][f"{name}, max_seq_len={max_seq_len}"] = fewer
+            contenders = _token_by_token(PATTERN, dtype, kv_heads, HELD)
+            _note(found, f"{name}, a token", compare(contenders, 9), TOKENS)
+            _note(found, f"{name}, a prompt", compare(_prompt(dtype, kv_heads), 5), 1)
+    for dtype in DTYPES:
+        for model in ("retrofitted Llama", "Sparse Transformer"):
+            name = f"{_name(dtype)}, {model}, a generated token"
+            _note(found, name, compare(_generation(model, dtype), 3), NEW_TOKENS)
+    found["by_length"] = _by_length()
+    (HERE / "decoding.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found["by_length"], HERE.parent / "docs" / "decoding.svg")
 
 
-def _print(name: str, found: Comparison) -> None:
-    ours, ratio = found.seconds["cache"], found.ratio["dense"]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _note(found: dict[str, Any], name: str, compared: Comparison, calls: int) -> None:
+    """Keep and print what one call took, out of so many that were timed together."""
+    found["comparisons"][name] = {**asdict(compared), "calls": calls}
+    ours, ratio = compared.seconds["ours"], compared.ratio["dense"]
     print(
-        f"{name}: {1e3 * ours.median:.2f} ms, dense takes {ratio.median:.1f} "
+        f"{name}: {1e3 * ours.median / calls:.3g} ms, dense takes {ratio.median:.1f} "
         f"({ratio.low:.1f}–{ratio.high:.1f}) times as long",
         flush=True,
     )
@@ -53,35 +89,43 @@ def _inputs(dtype: torch.dtype, kv_heads: int, length: int) -> tuple[Tensor, Ten
     return query, key, value
 
 
-def _filled(dtype: torch.dtype, kv_heads: int, max_seq_len: int | None) -> KVCache:
-    cache = KVCache(PATTERN, max_seq_len)
-    for _ in range(8):
-        cache.append(*_inputs(dtype, kv_heads, HELD // 8)[1:])
+def _filled(
+    dtype: torch.dtype,
+    kv_heads: int,
+    held: int,
+    max_seq_len: int | None,
+    pattern: FixedPattern = PATTERN,
+) -> KVCache:
+    cache = KVCache(pattern, max_seq_len)
+    for _ in range(4):
+        cache.append(*_inputs(dtype, kv_heads, held // 4)[1:])
     return cache
 
 
-def _token_by_token(dtype: torch.dtype, kv_heads: int) -> dict[str, Callable[[], object]]:
-    """Both append; the full cache attends as a user of PyTorch would."""
-    cache = _filled(dtype, kv_heads, HELD + TOKENS)
+def _token_by_token(
+    pattern: FixedPattern, dtype: torch.dtype, kv_heads: int, held: int
+) -> dict[str, Callable[[], object]]:
+    """Both append; the full cache is allocated ahead, and attends as a user of PyTorch would."""
+    cache = _filled(dtype, kv_heads, held, held + TOKENS, pattern)
     cache.evicting = False  # To be able to go back.
-    keys, values = (torch.randn(1, kv_heads, HELD + TOKENS, HEAD_DIM).to(dtype) for _ in "kv")
+    keys, values = (torch.randn(1, kv_heads, held + TOKENS, HEAD_DIM).to(dtype) for _ in "kv")
     tokens = [_inputs(dtype, kv_heads, 1) for _ in range(TOKENS)]
 
     @torch.no_grad()
     def ours() -> None:
         for query, key, value in tokens:
             cache.attend(query, key, value)
-        cache.crop(HELD)
+        cache.crop(held)
 
     @torch.no_grad()
     def dense() -> None:
-        for at, (query, key, value) in enumerate(tokens, start=HELD):
+        for at, (query, key, value) in enumerate(tokens, start=held):
             keys[:, :, at] = key[:, :, 0]
             values[:, :, at] = value[:, :, 0]
             k, v = keys[:, :, : at + 1], values[:, :, : at + 1]
             scaled_dot_product_attention(query, k, v, enable_gqa=kv_heads != HEADS)
 
-    return {"cache": ours, "dense": dense}
+    return {"ours": ours, "dense": dense}
 
 
 def _prompt(dtype: torch.dtype, kv_heads: int) -> dict[str, Callable[[], object]]:
@@ -97,7 +141,91 @@ def _prompt(dtype: torch.dtype, kv_heads: int) -> dict[str, Callable[[], object]
             query, key, value, is_causal=True, enable_gqa=kv_heads != HEADS
         )
 
-    return {"cache": ours, "dense": dense}
+    return {"ours": ours, "dense": dense}
+
+
+def _models(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """6 layers of width 256 with 4 heads: with the pattern, and the same weights without."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+        "max_position_embeddings": 2 * PROMPT,
+    }
+    ours: Any
+    dense: Any
+    if name == "Sparse Transformer":
+        config = SparseTransformerConfig(**sizes, stride=128, summary=8)
+        ours = SparseTransformerForCausalLM(config)
+        dense = SparseTransformerForCausalLM(
+            SparseTransformerConfig(**sizes, stride=128, summary=8, pattern="full")
+        )
+    else:
+        ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        ours = LlamaForCausalLM(LlamaConfig(**sizes, **ids, intermediate_size=1_024))
+        dense = copy.deepcopy(ours)
+        dense.set_attn_implementation("sdpa")
+        retrofit(ours, 128, 8)
+    dense.load_state_dict(ours.state_dict())
+    return ours.to(dtype).eval(), dense.to(dtype).eval()
+
+
+def _generation(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """`generate`, greedy, after a prompt that is in the cache but for its last token."""
+    ids = torch.randint(1, 256, (1, PROMPT))
+    ours, dense = _models(name, dtype)
+    return {
+        "ours": _generate(ours, ids, FixedCache(ours.config)),
+        "dense": _generate(dense, ids, DynamicCache()),
+    }
+
+
+def _generate(model: Any, ids: Tensor, cache: Cache) -> Callable[[], object]:
+    with torch.no_grad():
+        for part in ids[:, :-1].split(8_192, 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+    # A copy for each round, made before any is timed.
+    caches = [copy.deepcopy(cache) for _ in range(4)]
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    return lambda: model.generate(ids, attention_mask=mask, past_key_values=caches.pop(), **options)
+
+
+def _by_length() -> dict[str, list[float]]:
+    """Milliseconds for a token, appended included, over the tokens that were appended before."""
+    part_local = FixedPattern(128, 8, part="local")
+    found: dict[str, list[float]] = {"length": [*map(float, LENGTHS)]}
+    for length in LENGTHS:
+        both = compare(_token_by_token(PATTERN, torch.float32, HEADS, length), 5)
+        local = compare(_token_by_token(part_local, torch.float32, HEADS, length), 5)
+        for name, spread in (
+            ("open block and summaries", both.seconds["ours"]),
+            ("open block alone", local.seconds["ours"]),
+            ("everything", both.seconds["dense"]),
+        ):
+            found.setdefault(name, []).append(1e3 * spread.median / TOKENS)
+        print(length, *(f"{values[-1]:.3f}" for values in found.values()), flush=True)
+    return found
+
+
+def draw(found: dict[str, list[float]], path: Path) -> None:
+    """The time of a token over the length, for each thing that may be kept."""
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "colonnade"}):
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        lengths = found["length"]
+        for name, milliseconds in found.items():
+            if name != "length":
+                axes.plot(lengths, milliseconds, marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="tokens so far", ylabel="ms a token")
+        axes.set_xticks(lengths, [f"{int(n):,}" for n in lengths], rotation=30)
+        axes.set_title("One token, float32, 8 heads of width 64, stride 128, summary 8")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ class Info:
     gpus: list[dict[str, Any]]
     backends: dict[str, str | None]
 
+    def for_measurement(self) -> dict[str, Any]:
+        """What a time on this machine depends on."""
+        names = ("versions", "processor", "instructions", "torch_kernels", "threads")
+        return {name: getattr(self, name) for name in names}
+
 
 def info(packages: Iterable[str], build: bool = False) -> Info:
     """What is installed of `packages`, and what the machine has.

@@ -120,12 +120,17 @@ def test_full_attention_without_the_lse_equals_the_definition(case: Case) -> Non
         ({}, torch.float64, False, True),
         ({"group": 1}, torch.float32, False, True),
         ({"pattern": FullPattern(causal=False), "q_len": 5}, torch.float32, False, True),
+        ({"q_len": 1}, torch.float32, False, True),
+        ({"q_len": 1}, torch.bfloat16, False, True),
         ({"q_len": 5}, torch.float32, False, False),
         ({"v_dim": 3}, torch.float32, False, False),
         ({}, torch.bfloat16, False, False),
         ({}, torch.float32, True, False),
     ],
-    ids=["float32", "float64", "no groups", "both ways", "fewer", "widths", "half", "lse"],
+    ids=[
+        *("float32", "float64", "no groups", "both ways", "one query", "one in half precision"),
+        *("fewer", "widths", "half", "lse"),
+    ],
 )
 def test_where_the_dense_kernel_runs(
     changes: dict[str, Any],

@@ -7,6 +7,7 @@ colonnade_stride, colonnade_summary, colonnade_subblocks, colonnade_pattern and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from transformers import PreTrainedConfig
 
@@ -38,8 +39,17 @@ def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
         )
     kind = getattr(config, "colonnade_pattern", "fixed")
     scheme = getattr(config, "colonnade_scheme", "merged")
+    subblocks = getattr(config, "colonnade_subblocks", 1)
+    return _patterns(kind, scheme, stride, summary, subblocks, layer_idx)
+
+
+# Asked for by every layer at every token. Typed, for True is no count and equals 1.
+@lru_cache(maxsize=1_024, typed=True)
+def _patterns(
+    kind: str, scheme: str, stride: int, summary: int, subblocks: int, layer_idx: int
+) -> Patterns:
     patterns: dict[str, Callable[[], Pattern]] = {
-        "fixed": lambda: FixedPattern(stride, summary, getattr(config, "colonnade_subblocks", 1)),
+        "fixed": lambda: FixedPattern(stride, summary, subblocks),
         "strided": lambda: StridedPattern(stride),
         "local": lambda: LocalPattern(stride),
         "full": FullPattern,

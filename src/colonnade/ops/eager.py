@@ -58,8 +58,9 @@ def attend(
     if isinstance(pattern, StridedPattern | LocalPattern):
         return windowed.attend(query, key, value, request)
     if isinstance(pattern, FullPattern):
-        if _suits_dense_kernel(query, key, value, request, pattern.causal):
-            return _dense(query, key, value, request.scale, pattern.causal), None
+        masked = pattern.causal and query.shape[2] != 1  # The last query reads everything.
+        if _suits_dense_kernel(query, key, value, request, masked):
+            return _dense(query, key, value, request.scale, masked), None
         pattern = pattern.as_fixed(FULL_TILE)
     assert isinstance(pattern, FixedPattern)
     num_kv_heads = key.shape[1]
@@ -86,7 +87,7 @@ def attend(
 
 
 def _suits_dense_kernel(
-    query: Query, key: Key, value: Value, request: Request, causal: bool
+    query: Query, key: Key, value: Value, request: Request, masked: bool
 ) -> bool:
     """Whether PyTorch's own kernel keeps the contract, without a mask and without n² memory.
 
@@ -94,16 +95,18 @@ def _suits_dense_kernel(
     precision, gives NaN for a causal mask with scale <= 0, and takes neither zero keys nor values
     of another width nor strided widths.
     """
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    precise = query.dtype in (torch.float32, torch.float64)
     dense_widths = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     return (
         request.cu_seqlens is None  # first: a compiler does not know how many tokens there are
         and query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.float64)
+        and (precise or (query.shape[2] == 1 and not wants_grad))
         and query.shape[3] == value.shape[3]
         and dense_widths
         and query.numel() > 0
-        and request.scale > 0
-        and (query.shape[2] == key.shape[2] or not causal)
+        and (request.scale > 0 or not masked)
+        and (query.shape[2] == key.shape[2] or not masked)
         and request.dropout_p == 0
         and not request.return_lse
     )
