@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.colonnade-stamp
 UNFINISHED := $(VENV)/.colonnade-unfinished
 RUN := runs/demo
+SIDE_BY_SIDE := -n auto --dist loadfile
 
 # The oldest torch that pyproject.toml accepts, as (major, minor).
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -28,12 +29,13 @@ OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX ?= c++
 
-.PHONY: help install demo bench test test-slow fuzz sanitize lint format clean
+.PHONY: help install demo bench bench-decoding test test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
 	@echo 'make demo       train a small model for MINUTES=$(MINUTES), then evaluate, sample and draw it'
 	@echo 'make bench      time attention against what others offer; hours'
+	@echo 'make bench-decoding  time the cache, and generation with it; a quarter of an hour'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make fuzz       CALLS=$(CALLS) drawn calls against the definition; SEED= repeats a run'
@@ -86,11 +88,15 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attention.py
 
+bench-decoding: $(STAMP)
+	$(BIN)/python benchmarks/decoding.py
+
 # Run-time type checks would refuse bad input before our own errors could, and stand in a
-# compiler's way: the tests of both are marked plain and run without.
+# compiler's way: the tests of both are marked plain and run without. Each file runs in one process:
+# a test has one thread, and what a file prepares is prepared once.
 test: $(STAMP)
-	$(BIN)/python -m pytest --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu'
-	$(BIN)/python -m pytest -m 'plain and not slow and not gpu'
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu'
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'plain and not slow and not gpu'
 
 # pytest exits with 5 when it has nothing to run.
 test-slow: $(STAMP)

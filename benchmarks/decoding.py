@@ -107,6 +107,7 @@ def _token_by_token(
 ) -> dict[str, Callable[[], object]]:
     """Both append; the full cache is allocated ahead, and attends as a user of PyTorch would."""
     cache = _filled(dtype, kv_heads, held, held + TOKENS, pattern)
+    cache.evict()
     cache.evicting = False  # To be able to go back.
     keys, values = (torch.randn(1, kv_heads, held + TOKENS, HEAD_DIM).to(dtype) for _ in "kv")
     tokens = [_inputs(dtype, kv_heads, 1) for _ in range(TOKENS)]

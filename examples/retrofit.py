@@ -95,6 +95,7 @@ def train(
             logging_steps=50,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=True,
             seed=seed,
             dataloader_pin_memory=torch.cuda.is_available(),
         )

@@ -44,14 +44,14 @@ def _draw(seq_len: int, batch: int = 1, kv_heads: int = 3, group: int = 2) -> Tr
     return query, key, value
 
 
-def _whole(pattern: Patterns, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The oracle over the whole sequence, run of heads by run of heads."""
+def _whole(pattern: Patterns, query: Tensor, key: Tensor, value: Tensor, first: int = 0) -> Tensor:
+    """The oracle over the whole sequence, from query `first` on, run of heads by run of heads."""
     group, scale = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
     outs = []
-    for each, first, stop in runs_of_heads(pattern, key.shape[1]):
-        mask = mask_of(each, key.shape[2], stop - first)
-        q, k, v = query[:, first * group : stop * group], key[:, first:stop], value[:, first:stop]
-        outs.append(loop_attention(q, k, v, mask, scale)[0])
+    for each, begin, stop in runs_of_heads(pattern, key.shape[1]):
+        mask = mask_of(each, key.shape[2], stop - begin)
+        q, k, v = query[:, begin * group : stop * group], key[:, begin:stop], value[:, begin:stop]
+        outs.append(loop_attention(q[:, :, first:], k, v, mask[:, first:], scale)[0])
     return torch.cat(outs, 1)
 
 
@@ -213,6 +213,18 @@ def test_room_that_was_asked_for_is_allocated_once() -> None:
     assert sizes == {(24 + 4) * 2 * 4}
 
 
+def test_what_is_kept_beyond_the_room_asked_for_grows_geometrically() -> None:
+    """While nothing is let go, as when a decoder takes guesses."""
+    cache, entry = KVCache(FixedPattern(128, 8), max_seq_len=2_000), torch.zeros(1, 1, 1, 1)
+    cache.evicting = False
+    sizes = set()
+    for _ in range(2_000):
+        cache.append(entry, entry)
+        sizes.add(cache.nbytes)
+    assert len(sizes) < 15
+    assert cache.nbytes <= GROWTH * 2_000 * 2 * 4
+
+
 def test_append_gives_what_the_queries_read() -> None:
     """Summaries of closed blocks, then everything from the first open block on."""
     cache, positions = KVCache(MERGED), torch.arange(30.0).view(1, 1, -1, 1)
@@ -253,10 +265,11 @@ def test_cropped_it_goes_on_as_if_nothing_had_been_there(pattern: Patterns, evic
     tensors, other = _draw(23), _draw(23)
     refused = 0
     for seq_len in range(1, 17):
+        filled = KVCache(pattern)
+        filled.evicting = evicting
+        _decode(filled, tuple(t[:, :, :seq_len] for t in tensors), [1] * seq_len)
         for shorter in range(seq_len + 1):
-            cache = KVCache(pattern)
-            cache.evicting = evicting
-            _decode(cache, tuple(t[:, :, :seq_len] for t in tensors), [1] * seq_len)
+            cache = copy.deepcopy(filled)
             at, rest = _cropped(cache, shorter), other
             refused += at != shorter
             assert at in (shorter, seq_len)
@@ -266,7 +279,7 @@ def test_cropped_it_goes_on_as_if_nothing_had_been_there(pattern: Patterns, evic
             )
             tail = tuple(t[:, :, at:] for t in joined)
             found = _decode(cache, tail, [1, 2])
-            want = _whole(pattern, *joined)[:, :, at:]
+            want = _whole(pattern, *joined, first=at)
             torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
     keeps_all = pattern in (FixedPattern(3, 3), FixedPattern(1, 1)) or isinstance(
         pattern, StridedPattern | FullPattern
@@ -359,6 +372,27 @@ def test_other_types(dtype: torch.dtype) -> None:
     largest = float(tensors[2].double().abs().max())
     tolerance = 8 * torch.finfo(dtype).eps * largest
     torch.testing.assert_close(found.double(), want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_token_in_half_precision_for_rows_of_different_lengths(
+    dtype: torch.dtype, kv_heads: int
+) -> None:
+    """With one query a key head, and with several: a product of one row goes another way."""
+    pattern, lengths = FixedPattern(8, 2), (21, 9)
+    tensors = [t.to(dtype) for t in _draw(22, batch=2, kv_heads=kv_heads, group=6 // kv_heads)]
+    is_token = torch.stack([torch.arange(22) >= 21 - n for n in lengths])
+    cache = KVCache(pattern)
+    parts = zip(*(t.split([21, 1], 2) for t in tensors), strict=True)
+    for (query, key, value), mask in zip(parts, is_token.split([21, 1], 1), strict=True):
+        found = cache.attend(query, key, value, padding_mask=mask)
+    for row, mask in enumerate(is_token):
+        alone = [t[row, None, :, mask].double() for t in tensors]
+        expected = _whole(pattern, *alone)[:, :, -1:]
+        # The weights and the output are rounded once each.
+        tolerance = 2 * torch.finfo(dtype).eps * alone[2].abs().max().item()
+        torch.testing.assert_close(found[row, None].double(), expected, rtol=0, atol=tolerance)
 
 
 def test_autocast_decides_the_type() -> None:

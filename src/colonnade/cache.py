@@ -565,11 +565,12 @@ class _Store:
         length = self.buffers[0].shape[2]
         if needed <= length:
             return
+        capacity = max(needed, int(GROWTH * length))
         if self.max_seq_len is not None:
             last = kept_begin(self.pattern, self.max_seq_len - 1)
-            capacity = max(self._capacity(self.max_seq_len, last, room), needed)
-        else:
-            capacity = max(needed, int(GROWTH * length))
+            planned = self._capacity(self.max_seq_len, last, room)
+            # More comes where nothing is let go for a while.
+            capacity = planned if needed <= planned else capacity
         keys, values = (_longer(t, capacity) for t in self.buffers)
         self.buffers = keys, values
 
@@ -577,7 +578,8 @@ class _Store:
         """Entries of a row whose tail has all the room that it may come to need."""
         tail = seq_len - begin
         if room is not None:
-            tail = max(tail, room if self.max_seq_len is None else min(room, self.max_seq_len))
+            left = room if self.max_seq_len is None else min(room, self.max_seq_len - begin)
+            tail = max(tail, left)
         return num_slots(self.pattern, begin) + tail
 
 

@@ -58,7 +58,8 @@ def attend(
     if isinstance(pattern, StridedPattern | LocalPattern):
         return windowed.attend(query, key, value, request)
     if isinstance(pattern, FullPattern):
-        masked = pattern.causal and query.shape[2] != 1  # The last query reads everything.
+        # The last query reads everything. (A branch: the kernel takes no symbolic bool.)
+        masked = False if query.shape[2] == 1 else pattern.causal
         if _suits_dense_kernel(query, key, value, request, masked):
             return _dense(query, key, value, request.scale, masked), None
         pattern = pattern.as_fixed(FULL_TILE)

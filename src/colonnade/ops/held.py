@@ -136,13 +136,13 @@ def _attend_all(
     if key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[3])
     grouped = query.unflatten(1, (key.shape[1], -1))
-    if reads is not None:
+    if reads is not None and reads.shape[2] > 1:  # That of a single query is broadcast.
         reads = reads[:, :, None].expand(*grouped.shape[:4], -1).flatten(2, 3)
     rows = grouped.flatten(2, 3)
-    num_rows = rows.shape[2]
-    if num_rows == 1 and query.dtype in HALF and query.device.type == "cpu":
+    wanted = rows.shape[2]
+    if wanted == 1 and query.dtype in HALF and query.device.type == "cpu":
         rows = rows.repeat(1, 1, ROWS, 1)
     with without_autocast(query.device.type):
         out = scaled_dot_product_attention(rows, key, value, reads, dropout_p, scale=scale)
-    found: Tensor = out[:, :, :num_rows].unflatten(2, grouped.shape[2:4])
+    found: Tensor = out[:, :, :wanted].unflatten(2, grouped.shape[2:4])
     return found.flatten(1, 2)
