@@ -7,7 +7,6 @@ colonnade_stride, colonnade_summary, colonnade_subblocks, colonnade_pattern and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 from transformers import PreTrainedConfig
 
@@ -43,8 +42,6 @@ def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
     return _patterns(kind, scheme, stride, summary, subblocks, layer_idx)
 
 
-# Asked for by every layer at every token. Typed, for True is no count and equals 1.
-@lru_cache(maxsize=1_024, typed=True)
 def _patterns(
     kind: str, scheme: str, stride: int, summary: int, subblocks: int, layer_idx: int
 ) -> Patterns:
