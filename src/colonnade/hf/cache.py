@@ -241,7 +241,7 @@ class FixedCache(Cache):
         super().reset()
         self._announced = self._padding = None
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last -`tokens_to_remove` positions, and then what no later one can read.
 
         Raises:
@@ -253,7 +253,8 @@ class FixedCache(Cache):
                 "tokens_to_remove must be negative, the number of positions to forget, got "
                 f"tokens_to_remove={tokens_to_remove}."
             )
-        seen = max(self.get_seq_length() + tokens_to_remove, 0)
+        # Assisted decoding in earlier releases of transformers hands in a tensor.
+        seen = max(self.get_seq_length() + int(tokens_to_remove), 0)
         for layer in self.layers:
             if layer.seen <= seen:
                 continue
