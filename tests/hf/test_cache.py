@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline
+from transformers.cache_utils import Cache, QuantizedLayer
 
-from colonnade.hf import FixedCache, byte_tokenizer, retrofit
+from colonnade.hf import FixedCache, byte_tokenizer, load, retrofit
 from tests.hf.models import FAMILIES, dense_model, prompts
 from tests.hf.test_batches import HOLES, SETTINGS
 from tests.hf.test_model import random_model
@@ -334,3 +336,40 @@ def test_what_would_be_silently_wrong_raises() -> None:
 def test_other_kinds_of_caches_are_refused(kind: str) -> None:
     with pytest.raises(NotImplementedError, match=f"has no {kind} cache"):
         random_model().generate(prompts(1, 5), cache_implementation=kind, **GREEDY)
+
+
+class StoredInBytes(QuantizedLayer):
+    """A quantised layer, without the package that transformers' own need."""
+
+    def _quantize(self, tensor: Tensor, axis: int = 0) -> Tensor:
+        return tensor
+
+    def _dequantize(self, q_tensor: Tensor) -> Tensor:
+        return q_tensor
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("kind", ["sparse_transformer", "llama", "loaded"])
+def test_a_cache_that_is_quantised_or_offloaded_is_refused_where_it_is_handed_in(
+    kind: str, tmp_path: Path
+) -> None:
+    ours = kind == "sparse_transformer"
+    model = random_model() if ours else retrofit(dense_model("llama"), 4, 2)
+    if kind == "loaded":
+        model.save_pretrained(tmp_path)
+        model = load(tmp_path)
+    ids = prompts(1, 5)
+    quantised = Cache(layers=[StoredInBytes() for _ in range(3)])
+    for cache, what in (
+        (quantised, "a quantised"),
+        (DynamicCache(offloading=True), "an offloaded"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"no offloaded cache, got {what}"):
+            model(ids, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match=r"Use FixedCache\(model\.config\)"):
+            model.generate(ids, past_key_values=cache, **GREEDY)
+    if not ours:
+        with pytest.raises(NotImplementedError, match="got an offloaded DynamicCache"):
+            model.generate(ids, cache_implementation="offloaded", **GREEDY)
+        model.set_attn_implementation("sdpa")
+        model(ids, past_key_values=quantised)

@@ -14,13 +14,34 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from colonnade.cache import Entries, KVCache
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.heads import Patterns
 from colonnade.shapes import Key, Value
+
+# Earlier releases of transformers have the one kind only.
+_Quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Refuse caches that take memory off positions which the pattern never reads again.
+
+    Raises:
+        NotImplementedError: A quantised or an offloaded cache.
+    """
+    layers = getattr(cache, "layers", ())
+    what = "an offloaded" if getattr(cache, "offloading", False) else None
+    if any(isinstance(layer, _Quantized) for layer in layers):
+        what = "a quantised"
+    if what is not None:
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r} takes no quantised and no offloaded cache, got {what} "
+            f"{type(cache).__name__}. Use FixedCache(model.config), which is small and exact, or a "
+            "DynamicCache or StaticCache as they are."
+        )
 
 
 class CacheOffset(int):

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from colonnade.hf.attention import PatternMask, check_mask
-from colonnade.hf.cache import FixedCache
+from colonnade.hf.cache import FixedCache, check_cache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbedding
@@ -176,8 +176,10 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`, a 4-D attention mask, a
                 position that the model has no embedding for, or a cache for packed rows.
-            NotImplementedError: A mask of another kind, or a cache that drops positions.
+            NotImplementedError: A mask of another kind, or a cache that drops positions, or that
+                is quantised or offloaded.
         """
+        check_cache(past_key_values)
         if self.config._attn_implementation != NAME:  # transformers lets every model have "eager".
             raise NotImplementedError(
                 f"the Sparse Transformer runs attn_implementation={NAME!r} only, "

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from colonnade.hf.cache import check_cache
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.pattern import FixedPattern, check_count
 
@@ -65,7 +67,7 @@ def retrofit(
     dense = [] if layers is None else [layer for layer in every if layer not in layers]
     _write_settings(config, stride, summary, subblocks, dense)
     model.set_attn_implementation(NAME)
-    return model
+    return _watched(model)
 
 
 def load(path: str | PathLike[str], **options: Any) -> Any:
@@ -87,7 +89,22 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
     shared = {name: options[name] for name in names if name in options}
     config = options.get("config") or AutoConfig.from_pretrained(path, **shared)
     patterns_of(config.get_text_config(decoder=True), 0)
-    return AutoModelForCausalLM.from_pretrained(path, **{**options, "attn_implementation": NAME})
+    options["attn_implementation"] = NAME
+    return _watched(AutoModelForCausalLM.from_pretrained(path, **options))
+
+
+def _watched(model: Model) -> Model:
+    """The model, which will refuse caches that the pattern has no use for.
+
+    Neither the mask function nor the attention function is shown the cache.
+    """
+    model.base_model.register_forward_pre_hook(_check_cache_of_call, with_kwargs=True)
+    return model
+
+
+def _check_cache_of_call(module: nn.Module, _: tuple[Any, ...], named: dict[str, Any]) -> None:
+    if module.config._attn_implementation == NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
+        check_cache(named.get("past_key_values"))
 
 
 def _write_settings(
