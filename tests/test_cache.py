@@ -16,6 +16,7 @@ from torch import Tensor
 import colonnade
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
 from colonnade.cache import GROWTH
+from colonnade.ops import native
 from colonnade.ops.attention import attention_reduced
 from colonnade.ops.heads import Patterns, runs_of_heads
 from tests.cases import EXAMPLES, mask_of
@@ -362,6 +363,14 @@ def test_modes_may_change_on_the_way() -> None:
     torch.testing.assert_close(found, _whole(MERGED, *tensors)[:, :, 7:], rtol=0, atol=1e-12)
 
 
+@pytest.fixture(params=["native", "without native"])
+def perhaps_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token as C++ computes it, where that runs, and as PyTorch does."""
+    if request.param == "without native":
+        monkeypatch.setattr(native, "decodes", lambda *_: False)
+
+
+@pytest.mark.usefixtures("perhaps_native")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_types(dtype: torch.dtype) -> None:
     """Held to one rounding of each operand, of weights that add up to 1, and of the result."""
@@ -374,6 +383,7 @@ def test_other_types(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), want, rtol=0, atol=tolerance)
 
 
+@pytest.mark.usefixtures("perhaps_native")
 @pytest.mark.parametrize("kv_heads", [2, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_token_in_half_precision_for_rows_of_different_lengths(

@@ -191,10 +191,12 @@ class KVCache:
 
         `keys` and `values` are what `append` returned; together the two calls are `attend`.
         """
-        pieces = []
-        for store, (first, stop) in zip(self._stores, self._heads, strict=True):
-            width = store.width
-            pieces.append((keys[:, first:stop, :width], values[:, first:stop, :width]))
+        pieces = [(keys, values)]
+        if len(self._stores) > 1:
+            pieces = [
+                (keys[:, first:stop, : store.width], values[:, first:stop, : store.width])
+                for store, (first, stop) in zip(self._stores, self._heads, strict=True)
+            ]
         return self._read(query, pieces, scale, dropout_p)
 
     def crop(self, seq_len: int | list[int]) -> None:
@@ -301,9 +303,12 @@ class KVCache:
                 size = batch, stop - first, 0
                 empty = key.new_empty(*size, key.shape[3]), value.new_empty(*size, value.shape[3])
                 self._stores.append(_Store(pattern, self.max_seq_len, empty, [0] * batch))
+        of_stores = [(key, value)]
+        if len(self._stores) > 1:
+            of_stores = [(key[:, first:stop], value[:, first:stop]) for first, stop in self._heads]
         pieces = [
-            store.append((key[:, f:s], value[:, f:s]), before, counts, is_token, self.evicting)
-            for store, (f, s) in zip(self._stores, self._heads, strict=True)
+            store.append(new, before, counts, is_token, self.evicting)
+            for store, new in zip(self._stores, of_stores, strict=True)
         ]
         self.seq_lens = [n + count for n, count in zip(before, counts, strict=True)]
         self._is_token = is_token
@@ -593,7 +598,7 @@ def _grouped(seq_lens: list[int], begins: list[int], counts: list[int]) -> list[
 
 def _tokens(tensor: Tensor, is_token: Tensor | None, group: _Rows) -> Tensor:
     """[rows, heads, count, width]: the new entries of some rows, without their padding."""
-    of_rows = tensor[group.index]
+    of_rows = tensor if group.all_rows else tensor[group.rows]
     if is_token is None:
         return of_rows
     tokens: Tensor = of_rows.transpose(1, 2)[is_token[group.index]]

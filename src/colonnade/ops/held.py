@@ -1,7 +1,7 @@
 """Attention of new queries over the entries that a cache keeps: [slots | tail].
 
-A single query of a decoder reads a run of them that has no gap, in nearly all cases, and so is one
-dense product. Chunks of queries go through the plan.
+A single query of a decoder reads a run of them that has no gap, in nearly all cases: attention
+over a part of the buffer, in C++ where that runs, else by PyTorch. Chunks go through the plan.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from colonnade.ops import native
 from colonnade.ops.attention import attention, attention_reduced
 from colonnade.ops.autocast import cast_as_autocast_would, without_autocast
 from colonnade.pattern import FixedPattern, Pattern
@@ -48,8 +49,9 @@ def attend_held(
     if query.shape[2] == 1:
         span = last_span(pattern, seq_len, begin, key.shape[1])
         if span is not None:
-            k, v = (t[:, :, span.start : span.stop] for t in (key, value))
-            return _attend_all(query, k, v, scale, dropout_p)
+            if len(span) < key.shape[2]:
+                key, value = (t[:, :, span.start : span.stop] for t in (key, value))
+            return _attend(query, key, value, scale, dropout_p)
     options = {"scale": scale, "dropout_p": dropout_p}
     if num_slots(pattern, begin) == 0:
         # Blocks and windows do not notice that positions before the tail are gone.
@@ -80,7 +82,7 @@ def attend_last(
     lengths = torch.tensor(seq_lens), torch.tensor(begins)
     reads = last_reads(pattern, *lengths, key.shape[2], key.shape[1]).to(query.device)
     reads = reads & is_token[:, None, None]
-    return _attend_some(query, key, value, reads[:, :, None], scale, dropout_p)
+    return _attend(query, key, value, scale, dropout_p, reads[:, :, None])
 
 
 def attend_positions(
@@ -100,26 +102,10 @@ def attend_positions(
     """
     q, k = query_position[:, :, None], key_position[:, None]
     of_heads = [pattern.reads(q, k, head) & is_token[:, None] for head in range(key.shape[1])]
-    return _attend_some(query, key, value, torch.stack(of_heads, 1), scale, dropout_p)
+    return _attend(query, key, value, scale, dropout_p, torch.stack(of_heads, 1))
 
 
-def _attend_some(
-    query: Query,
-    key: Key,
-    value: Value,
-    reads: Bool[Tensor, "batch kv_heads q_len kept"],
-    scale: float | None,
-    dropout_p: float,
-) -> Output:
-    """Queries over the keys that they read; 0 where there is none."""
-    some = reads.any(-1)
-    # A softmax over nothing would be NaN: such a query reads everything, and is set aside.
-    out = _attend_all(query, key, value, scale, dropout_p, reads | ~some[..., None])
-    group = query.shape[1] // key.shape[1]
-    return out.masked_fill(~some.repeat_interleave(group, 1)[..., None], 0.0)
-
-
-def _attend_all(
+def _attend(
     query: Query,
     key: Key,
     value: Value,
@@ -127,14 +113,34 @@ def _attend_all(
     dropout_p: float,
     reads: Bool[Tensor, "batch kv_heads q_len kept"] | None = None,
 ) -> Output:
-    """Queries over all keys, or those that they `read`.
+    """Queries over all keys, or those that they `read`; 0 where there is none."""
+    query, key, value = cast_as_autocast_would(query, key, value)
+    if dropout_p == 0 and native.decodes(query, key, value):
+        return native.decode(query, key, value, None if reads is None else reads[:, :, 0], scale)
+    if key.shape[2] == 0:
+        return query.new_zeros(*query.shape[:3], value.shape[3])
+    if reads is None:
+        return _dense(query, key, value, scale, dropout_p, None)
+    some = reads.any(-1)
+    # A softmax over nothing would be NaN: such a query reads everything, and is set aside.
+    out = _dense(query, key, value, scale, dropout_p, reads | ~some[..., None])
+    group = query.shape[1] // key.shape[1]
+    return out.masked_fill(~some.repeat_interleave(group, 1)[..., None], 0.0)
+
+
+def _dense(
+    query: Query,
+    key: Key,
+    value: Value,
+    scale: float | None,
+    dropout_p: float,
+    reads: Bool[Tensor, "batch kv_heads q_len kept"] | None,
+) -> Output:
+    """PyTorch's attention over all keys, or those that each query `reads`.
 
     The queries of a group share their keys, and none hides one from another: they are the rows of
     one product, and no key is repeated.
     """
-    query, key, value = cast_as_autocast_would(query, key, value)
-    if key.shape[2] == 0:
-        return query.new_zeros(*query.shape[:3], value.shape[3])
     grouped = query.unflatten(1, (key.shape[1], -1))
     if reads is not None and reads.shape[2] > 1:  # That of a single query is broadcast.
         reads = reads[:, :, None].expand(*grouped.shape[:4], -1).flatten(2, 3)

@@ -6,6 +6,7 @@
     operands.h   copies in the layout and type that the products want
     forward.h    tiles of scores, one online softmax
     backward.h   scores once more, transposed; five products a granule of keys
+    decode.h     one query over what a cache keeps, without copies
     ceiling.h    the products and exponentials alone, for benchmarks
     library.cpp  the operations
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from colonnade.ops.native import build
@@ -62,6 +64,34 @@ def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Outp
     return out, lse
 
 
+def decodes(query: Query, key: Key, value: Value) -> bool:
+    """Whether `decode` takes these inputs here."""
+    return (
+        query.shape[2] == 1
+        and query.device.type == "cpu"
+        and query.dtype in DTYPES
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
+        and unusable() is None
+    )
+
+
+def decode(
+    query: Query,
+    key: Key,
+    value: Value,
+    reads: Bool[Tensor, "batch kv_heads kept"] | None,
+    scale: float | None,
+) -> Output:
+    """One query of each head over all keys, or those that it `reads`; 0 where there is none.
+
+    Without gradients.
+    """
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    out: Tensor = torch.ops.colonnade.native_decode(query, key, value, reads, scale)
+    return out
+
+
 _PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
 torch.library.define(
     "colonnade::native_forward",
@@ -72,7 +102,10 @@ torch.library.define(
     "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor lse, {_PLAN}) -> (Tensor, Tensor, Tensor)",
 )
-
+torch.library.define(
+    "colonnade::native_decode",
+    "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> Tensor",
+)
 torch.library.define(
     "colonnade::native_ceiling",
     "(Tensor like, int qk_dim, int v_dim, float seconds) -> (float, float)",
@@ -107,6 +140,10 @@ def _backward_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
+def _decode_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, own_from_slots, scale = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
@@ -122,6 +159,7 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
 
 torch.library.register_fake("colonnade::native_forward", _forward_fake)
 torch.library.register_fake("colonnade::native_backward", _backward_fake)
+torch.library.register_fake("colonnade::native_decode", _decode_fake)
 torch.library.register_autograd(
     "colonnade::native_forward", _gradients, setup_context=_setup_context
 )

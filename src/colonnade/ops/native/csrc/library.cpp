@@ -1,10 +1,11 @@
-// The operations colonnade::native_forward and native_backward, and native_ceiling for benchmarks;
-// Python states their schemas.
+// The operations colonnade::native_forward, native_backward and native_decode, and native_ceiling for
+// benchmarks; Python states their schemas.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "backward.h"
 #include "ceiling.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace colonnade {
@@ -60,6 +61,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value};
 }
 
+at::Tensor decode(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const std::optional<at::Tensor>& reads, double scale) {
+  const auto q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
+  auto out = at::empty({q.size(0), q.size(1), 1, v.size(3)}, q.options());
+  const auto read = reads.has_value() ? reads->contiguous() : at::Tensor();
+  const bool* marks = read.defined() ? read.const_data_ptr<bool>() : nullptr;
+  const auto factor = static_cast<float>(scale);
+  if (q.scalar_type() == at::kFloat) {
+    Decode<float>(q, k, v, marks, factor, out).run();
+  } else {
+    Decode<BFloat16>(q, k, v, marks, factor, out).run();
+  }
+  return out;
+}
+
 // Seconds for a pair of query and key on one thread while all are busy: forward and backward.
 std::tuple<double, double> ceiling(
     const at::Tensor& like, int64_t qk_dim, int64_t v_dim, double seconds) {
@@ -77,5 +94,6 @@ std::tuple<double, double> ceiling(
 TORCH_LIBRARY_IMPL(colonnade, CPU, library) {
   library.impl("native_forward", &colonnade::forward);
   library.impl("native_backward", &colonnade::backward);
+  library.impl("native_decode", &colonnade::decode);
   library.impl("native_ceiling", &colonnade::ceiling);
 }
