@@ -100,9 +100,16 @@ class Forward {
     share_out(heads * num_granules_, make, [&](int64_t index, Scratch& scratch) {
       pack_granule(index / num_granules_, index % num_granules_, scratch);
     }, [] {});
-    const int64_t pieces = pieces_.size();
+    const int64_t pieces = pieces_.size(), kv_heads = problem_.kv_heads;
+    // Heads that lie side by side share pages of memory: they take turns.
+    const bool side_by_side = query_.head_stride < query_.length_stride;
     share_out(heads * pieces, make, [&](int64_t index, Scratch& scratch) {
-      attend(index / pieces, pieces_[index % pieces], scratch);
+      if (side_by_side) {
+        const int64_t batch = index / (kv_heads * pieces);
+        attend(batch * kv_heads + index % kv_heads, pieces_[index / kv_heads % pieces], scratch);
+      } else {
+        attend(index / pieces, pieces_[index % pieces], scratch);
+      }
     }, release<Op>);
   }
 
