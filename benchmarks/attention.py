@@ -22,6 +22,7 @@ from colonnade.bench import (
     compare,
     contenders,
     flex,
+    masked_fits,
     peak,
 )
 from colonnade.info import info
@@ -29,8 +30,6 @@ from colonnade.info import info
 HERE = Path(__file__).parent
 LENGTHS = (1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
 DTYPES = ("float32", "bfloat16")
-MASKED_LENGTHS = {False: 16_384, True: 8_192}
-"""The longest with a mask, forward and with backward: beyond, minutes for each call."""
 
 
 def rows(quick: bool) -> Iterator[Sizes]:
@@ -54,7 +53,7 @@ def measure(sizes: Sizes, dense_limit: int) -> dict[str, Any]:
     names = ["native", "eager"]
     if sizes.seq_len <= dense_limit:
         names.append("dense")
-    if sizes.seq_len <= MASKED_LENGTHS[sizes.backward]:
+    if masked_fits(sizes):
         names.append("masked")
     rounds = 3 if sizes.seq_len > 16_384 else 9
     found = compare(contenders(sizes, names), rounds)

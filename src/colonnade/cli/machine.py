@@ -77,7 +77,8 @@ def bench(
         )
         sizes.pattern()
         names = ["native", "eager", "dense"]
-        if length <= timing.MASKED_LIMIT:
+        masked = timing.masked_fits(sizes)
+        if masked:
             names.append("masked")
         found = timing.compare(timing.contenders(sizes, names), rounds)
         limit = timing.ceiling(sizes)
@@ -99,6 +100,9 @@ def bench(
         table.add_row(name, *numbers, times(ratio.median) if ratio else "")
     console = Console(highlight=False)
     console.print(table)
+    if not masked:
+        size = f"{timing.masked_bytes(sizes) / 2**30:,.1f} GiB"
+        console.print(f"masked, attention under a boolean mask, is left out: it needs {size}")
     share = limit / found.seconds["native"].median
     console.print(f"ceiling {1e3 * limit:.4g} ms, of which native reaches {percent(share)}")
 
