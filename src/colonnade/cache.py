@@ -222,7 +222,10 @@ class KVCache:
             )
         lengths = [min(pair) for pair in zip(wanted, self.seq_lens, strict=True)]
         begins = [
-            [s.begin_of_shorter(n, m, b) for n, m, b in zip(lengths, self.seq_lens, s.begins)]  # noqa: B905
+            [
+                s.begin_of_shorter(n, m, b)
+                for n, m, b in zip(lengths, self.seq_lens, s.begins, strict=True)
+            ]
             for s in self._stores
         ]
         for store, of_store in zip(self._stores, begins, strict=True):
@@ -315,7 +318,7 @@ class KVCache:
         return pieces
 
     def _check_fits(self, key: Key, value: Value, before: list[int], counts: list[int]) -> None:
-        longest = max((n + c for n, c in zip(before, counts)), default=0)  # noqa: B905
+        longest = max((n + c for n, c in zip(before, counts, strict=True)), default=0)
         if self.max_seq_len is not None and longest > self.max_seq_len:
             raise ValueError(
                 "the cache has room for max_seq_len positions, got "

@@ -6,6 +6,8 @@ over a part of the buffer, in C++ where that runs, else by PyTorch. Chunks go th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -52,15 +54,15 @@ def attend_held(
             if len(span) < key.shape[2]:
                 key, value = (t[:, :, span.start : span.stop] for t in (key, value))
             return _attend(query, key, value, scale, dropout_p)
-    options = {"scale": scale, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
     if num_slots(pattern, begin) == 0:
         # Blocks and windows do not notice that positions before the tail are gone.
-        out = attention(query, key, value, pattern, **options)  # type: ignore[arg-type]
+        out = attention(query, key, value, pattern, **options)
         assert isinstance(out, Tensor)
         return out
     assert isinstance(pattern, FixedPattern)
     reduced = num_rows(begin, pattern.stride)
-    return attention_reduced(query, key, value, pattern, reduced, **options)  # type: ignore[arg-type]
+    return attention_reduced(query, key, value, pattern, reduced, **options)
 
 
 def attend_last(
