@@ -318,7 +318,8 @@ class KVCache:
         return pieces
 
     def _check_fits(self, key: Key, value: Value, before: list[int], counts: list[int]) -> None:
-        longest = max((n + c for n, c in zip(before, counts, strict=True)), default=0)
+        # Another batch size is refused below.
+        longest = max((n + c for n, c in zip(before, counts, strict=False)), default=0)
         if self.max_seq_len is not None and longest > self.max_seq_len:
             raise ValueError(
                 "the cache has room for max_seq_len positions, got "
