@@ -140,7 +140,7 @@ def test_what_memory_cannot_hold_is_left_out_and_named(monkeypatch: pytest.Monke
         assert ("is left out: the mask takes 0.0 GiB" in result.stdout) == (not fits)
 
 
-def test_masks_are_timed_while_memory_and_patience_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_timed_where_they_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     for gib, length, fits in ((24, 16_384, True), (24, 16_385, False), (8, 16_384, False)):
         monkeypatch.setattr(bench, "_memory", lambda gib=gib: gib * 2**30)
         assert bench.masked_fits(Sizes(length)) == fits

@@ -366,6 +366,8 @@ def test_a_cache_that_is_quantised_or_offloaded_is_refused_where_it_is_handed_in
     ):
         with pytest.raises(NotImplementedError, match=f"no offloaded cache, got {what}"):
             model(ids, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match=f"got {what}"):
+            model.base_model(ids, None, None, cache)
         with pytest.raises(NotImplementedError, match=r"Use FixedCache\(model\.config\)"):
             model.generate(ids, past_key_values=cache, **GREEDY)
     if not ours:

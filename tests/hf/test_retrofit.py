@@ -43,6 +43,7 @@ def test_chosen_layers_get_the_pattern(family: str) -> None:
     assert found == [col.FixedPattern(8, 2, 2), col.FullPattern(), col.FixedPattern(8, 2, 2)]
     again = retrofit(model, 4, 1)
     assert again is model
+    assert len(model.base_model._forward_pre_hooks) == 1
     assert {patterns_of(model.config, layer) for layer in range(3)} == {col.FixedPattern(4, 1)}
 
 

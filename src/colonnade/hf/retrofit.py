@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from colonnade.hf.cache import check_cache
 from colonnade.hf.settings import NAME, patterns_of
@@ -98,13 +99,17 @@ def _watched(model: Model) -> Model:
 
     Neither the mask function nor the attention function is shown the cache.
     """
-    model.base_model.register_forward_pre_hook(_check_cache_of_call, with_kwargs=True)
+    base = model.base_model
+    if _check_cache_of_call not in base._forward_pre_hooks.values():  # Retrofitted before.
+        base.register_forward_pre_hook(_check_cache_of_call, with_kwargs=True)
     return model
 
 
-def _check_cache_of_call(module: nn.Module, _: tuple[Any, ...], named: dict[str, Any]) -> None:
+def _check_cache_of_call(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     if module.config._attn_implementation == NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
-        check_cache(named.get("past_key_values"))
+        for argument in (*given, *named.values()):
+            if isinstance(argument, Cache):
+                check_cache(argument)
 
 
 def _write_settings(

@@ -103,18 +103,20 @@ def _suits_dense_kernel(
     backward would keep, and a compiler would see a loop.
     """
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    precise = query.dtype in (torch.float32, torch.float64)
-    by_tiles = masked and query.shape[2] != key.shape[2]
+    if masked and query.shape[2] != key.shape[2]:
+        fits = not (wants_grad or torch.compiler.is_compiling())
+    else:
+        precise = query.dtype in (torch.float32, torch.float64)
+        fits = precise or (query.shape[2] == 1 and not wants_grad)
     dense_widths = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     return (
         request.cu_seqlens is None  # first: a compiler does not know how many tokens there are
         and query.device.type == "cpu"
-        and (precise or (not wants_grad and (query.shape[2] == 1 or by_tiles)))
+        and fits
         and query.shape[3] == value.shape[3]
         and dense_widths
         and query.numel() > 0
         and (request.scale > 0 or not masked)
-        and (not by_tiles or not (wants_grad or torch.compiler.is_compiling()))
         and request.dropout_p == 0
         and not request.return_lse
     )
