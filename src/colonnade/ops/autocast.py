@@ -17,14 +17,17 @@ def cast_as_autocast_would(*tensors: Any) -> tuple[Any, ...]:
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in AUTOCAST_DTYPES else t for t in tensors)
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """A context in which float32 means float32; some devices, such as "meta", know no autocast."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    """A context in which float32 means float32."""
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on; some devices, such as "meta", know none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

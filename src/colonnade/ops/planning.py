@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from colonnade.ops.request import Request, document_lengths
 from colonnade.pattern import FixedPattern, Part
@@ -22,12 +24,19 @@ def make_plan(
     Raises:
         ValueError: What cu_seqlens says does not fit `kv_len`.
     """
+    if request.cu_seqlens is None and not _is_watched():
+        return _kept(pattern, q_len, kv_len, tuple(heads), request.reduced)
     p = pattern
     sets = p.stride, p.summary, p.subblocks, p.part, p.causal
     gather, table, shift = _plan(
         *sets, q_len, kv_len, request.reduced, request.cu_seqlens, list(heads)
     )
     return Plan(gather, table, shift, own_from_slots(pattern))
+
+
+def _is_watched() -> bool:
+    """Whether something records operations or runs them in its own way, with its own lengths."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 @torch.library.custom_op(
@@ -53,11 +62,7 @@ def _plan(
     if cu_seqlens is None:
         # A compiler may write into what an operation gave it.
         plan = _kept(pattern, q_len, kv_len, tuple(heads), reduced)
-        return (
-            plan.gather.clone(memory_format=torch.contiguous_format),
-            plan.table.clone(),
-            plan.shift.clone(),
-        )
+        return plan.gather.clone(), plan.table.clone(), plan.shift.clone()
     plan = packed_plan(pattern, document_lengths(cu_seqlens, kv_len), heads)
     return plan.gather.contiguous(), plan.table, plan.shift
 
@@ -66,8 +71,13 @@ def _plan(
 def _kept(
     pattern: FixedPattern, q_len: int, kv_len: int, heads: tuple[int, ...], reduced: int
 ) -> Plan:
-    """A short sequence's plan takes longer than its attention, and layers share one."""
-    return fixed_plan(pattern, q_len, kv_len, heads, reduced)
+    """A short sequence's plan takes longer than its attention, and layers share one.
+
+    Whatever the mode or default device of the call that makes it, it serves all others.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        plan = fixed_plan(pattern, q_len, kv_len, heads, reduced)
+        return replace(plan, gather=plan.gather.contiguous())
 
 
 @_plan.register_fake

@@ -1,0 +1,69 @@
+"""A plan that is kept serves every later call, whatever surrounded the call that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from colonnade import FixedPattern, attention, backends
+from colonnade.ops import planning
+from tests.cases import Case, Inputs, attend, attend_by_loops
+from tests.rounding import check
+
+pytestmark = pytest.mark.plain
+CASE = Case(FixedPattern(8, 2), q_len=21, kv_len=23)
+
+
+@pytest.fixture(params=["eager", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if why_not := backends()[request.param]:
+        pytest.skip(f"{request.param} {why_not}")
+    planning._kept.cache_clear()
+    return str(request.param)
+
+
+def _is_right(backend: str) -> None:
+    inputs = CASE.inputs(torch.float32)
+    expected = attend_by_loops(CASE, Inputs(*(t.double() for t in inputs)))
+    check(CASE, inputs, attend(CASE, inputs, backend), expected)
+
+
+@pytest.mark.parametrize(
+    "around", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")]
+)
+def test_the_first_call_may_come_under_any_mode(
+    backend: str, around: Callable[[], AbstractContextManager[object]]
+) -> None:
+    inputs = CASE.inputs(torch.float32)
+    with around():
+        attention(*inputs[:3], CASE.pattern, backend=backend)
+    _is_right(backend)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_fake_tensors_neither_meet_nor_leave_a_kept_plan(backend: str, kept: bool) -> None:
+    if kept:
+        _is_right(backend)
+    query, key, value = CASE.inputs(torch.float32)[:3]
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fakes = [mode.from_tensor(t) for t in (query, key, value)]
+        out = attention(*fakes, CASE.pattern, backend=backend)
+    assert isinstance(out, FakeTensor)
+    assert out.shape == (*query.shape[:3], value.shape[3])
+    _is_right(backend)
+
+
+def test_a_trace_with_symbolic_lengths_holds_for_others(backend: str) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return attention(x, x, x, CASE.pattern, backend=backend)
+
+    traced = make_fx(run, tracing_mode="symbolic")(torch.randn(1, 1, 30, 8))
+    for n in (30, 41):
+        x = torch.randn(1, 1, n, 8)
+        torch.testing.assert_close(traced(x), run(x))
