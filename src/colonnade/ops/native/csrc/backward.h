@@ -152,12 +152,10 @@ class Backward {
     const int64_t rounded = round_up(count, kStep);
     Op* values = to + kGranule * qk_width_;
     Op* columns = values + kGranule * v_width_;
-    std::fill(to + count * qk_width_, to + rounded * qk_width_, Op(0));
-    std::fill(values + count * v_width_, values + rounded * v_width_, Op(0));
-    for (int64_t i = 0; i < count; ++i) {
-      copy_row(key_.row(batch, head, position(i)), problem_.qk_dim, qk_width_, to + i * qk_width_);
-      copy_row(value_.row(batch, head, position(i)), problem_.v_dim, v_width_, values + i * v_width_);
-    }
+    copy_rows(count, [&](int64_t i) { return key_.row(batch, head, position(i)); },
+              problem_.qk_dim, qk_width_, to);
+    copy_rows(count, [&](int64_t i) { return value_.row(batch, head, position(i)); },
+              problem_.v_dim, v_width_, values);
     if constexpr (kPair<Op> == 1) {
       pack_transposed(to, rounded, qk_width_, columns, kGranule);
     } else {
@@ -244,14 +242,19 @@ class Backward {
       Scratch& scratch) {
     float* delta = scratch.delta.get();
     float* lse = scratch.lse.get();
+    const int64_t first = row.q_begin + piece.first_query;
+    copy_rows(piece.num_queries, [&](int64_t i) { return query_.row(batch, q_head, first + i); },
+              problem_.qk_dim, qk_width_, scratch.queries.get());
+    copy_rows(piece.num_queries, [&](int64_t i) { return grad_out_.row(batch, q_head, first + i); },
+              problem_.v_dim, v_width_, scratch.grads.get());
     for (int64_t i = 0; i < piece.num_queries; ++i) {
-      const int64_t position = row.q_begin + piece.first_query + i;
+      const int64_t position = first + i;
       const int64_t at = (batch * problem_.q_heads + q_head) * problem_.q_len + position;
       const T* grad = grad_out_.row(batch, q_head, position);
       Op* grads = scratch.grads.get() + i * v_width_;
-      copy_row(query_.row(batch, q_head, position), problem_.qk_dim, qk_width_,
-               scratch.queries.get() + i * qk_width_);
-      copy_row(grad, problem_.v_dim, v_width_, grads);
+      if (i + kAhead < piece.num_queries) {
+        fetch_row(out_.row(batch, q_head, position + kAhead), problem_.v_dim);
+      }
       // delta = sum_j P_ij dP_ij = dO_i · O_i, less what flows back through the log-sum-exp.
       delta[i] = dot(grad, out_.row(batch, q_head, position), problem_.v_dim) - grad_lse_[at];
       lse[i] = lse_[at];

@@ -121,7 +121,7 @@ class Decode {
       const T* key = keys.key + i * key_.length_stride;
       // The processor foresees one stream of reads, not that values come next.
       const T* value = keys.value + i * value_.length_stride;
-      for (int64_t at = 0; at < v_dim_; at += kLine) __builtin_prefetch(value + at);
+      for (int64_t at = 0; at < v_dim_; at += kLine<T>) __builtin_prefetch(value + at);
       Vec one[N], two[N];
       for (int64_t n = 0; n < N; ++n) one[n] = two[n] = Vec(0.0f);
       for (int64_t at = 0; at < qk_dim_; at += 2 * kLanes) {
@@ -195,7 +195,6 @@ class Decode {
   }
 
   int64_t batch_, kv_heads_, group_, length_, qk_dim_, v_dim_, qk_width_, v_width_, runs_;
-  static constexpr int64_t kLine = 64 / sizeof(T);
   View<T> key_, value_, out_;
   const bool* reads_;
   Buffer<float> queries_, peaks_, totals_, sums_;

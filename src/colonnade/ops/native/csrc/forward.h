@@ -137,15 +137,11 @@ class Forward {
       int64_t batch, int64_t head, int64_t count, const Position& position, Op* rows, Op* keys,
       Op* values) const {
     const int64_t rounded = round_up(count, kStep);
-    std::fill(rows + count * qk_width_, rows + rounded * qk_width_, Op(0));
-    for (int64_t i = 0; i < count; ++i) {
-      copy_row(key_.row(batch, head, position(i)), problem_.qk_dim, qk_width_, rows + i * qk_width_);
-    }
+    copy_rows(count, [&](int64_t i) { return key_.row(batch, head, position(i)); },
+              problem_.qk_dim, qk_width_, rows);
     pack_transposed(rows, rounded, qk_width_, keys, kGranule);
-    std::fill(rows + count * v_width_, rows + rounded * v_width_, Op(0));
-    for (int64_t i = 0; i < count; ++i) {
-      copy_row(value_.row(batch, head, position(i)), problem_.v_dim, v_width_, rows + i * v_width_);
-    }
+    copy_rows(count, [&](int64_t i) { return value_.row(batch, head, position(i)); },
+              problem_.v_dim, v_width_, rows);
     pack_pairs(rows, rounded, v_width_, v_width_, values, v_width_);
   }
 
@@ -194,14 +190,9 @@ class Forward {
     const float factor = kPair<Op> == 1 ? problem_.scale : float((problem_.scale > 0) - (problem_.scale < 0));
     for (int64_t g = 0; g < problem_.group; ++g) {
       const int64_t q_head = head * problem_.group + g;
-      Op* to = scratch.queries.get() + g * queries_ * qk_width_;
-      for (int64_t i = 0; i < piece.num_queries; ++i) {
-        const int64_t position = row.q_begin + piece.first_query + i;
-        copy_row(query_.row(batch, q_head, position), problem_.qk_dim, qk_width_,
-                 to + i * qk_width_, factor);
-      }
-      std::fill(to + piece.num_queries * qk_width_,
-                to + round_up(piece.num_queries, kStep) * qk_width_, Op(0));
+      copy_rows(piece.num_queries, [&](int64_t i) {
+        return query_.row(batch, q_head, row.q_begin + piece.first_query + i);
+      }, problem_.qk_dim, qk_width_, scratch.queries.get() + g * queries_ * qk_width_, factor);
     }
     std::fill_n(scratch.peak.get(), stacked(), -kInfinity);
     std::fill_n(scratch.total.get(), stacked(), 0.0f);

@@ -68,6 +68,32 @@ void copy_row(const T* from, int64_t width, int64_t padded_width, Op* to, float 
   std::fill(to + width, to + padded_width, Op(0));
 }
 
+// Numbers of a cache line.
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);
+// Rows that are fetched before they are copied.
+constexpr int64_t kAhead = 8;
+
+template <typename T>
+void fetch_row(const T* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += kLine<T>) __builtin_prefetch(row + i);
+}
+
+// The rows at row(0) … row(count - 1) as operands [count][padded_width], with rows of zeros up to a
+// multiple of kStep. Where heads lie side by side, or rows are gathered, the processor does not
+// foresee which memory comes next.
+template <typename Op, typename Row>
+void copy_rows(
+    int64_t count, const Row& row, int64_t width, int64_t padded_width, Op* to,
+    float factor = 1.0f) {
+  for (int64_t i = 0; i < std::min(kAhead, count); ++i) fetch_row(row(i), width);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) fetch_row(row(i + kAhead), width);
+    copy_row(row(i), width, padded_width, to + i * padded_width, factor);
+  }
+  std::fill(to + count * padded_width, to + round_up(count, kStep) * padded_width, Op(0));
+}
+
 // [count, width] rows as a right-hand operand whose rows are the columns: [width/pair][ld][pair].
 // count and the padded width are multiples of kStep.
 template <typename Op>
