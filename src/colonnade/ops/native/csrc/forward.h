@@ -100,16 +100,12 @@ class Forward {
     share_out(heads * num_granules_, make, [&](int64_t index, Scratch& scratch) {
       pack_granule(index / num_granules_, index % num_granules_, scratch);
     }, [] {});
-    const int64_t pieces = pieces_.size(), kv_heads = problem_.kv_heads;
+    const int64_t pieces = pieces_.size();
     // Heads that lie side by side share pages of memory: they take turns.
-    const bool side_by_side = query_.head_stride < query_.length_stride;
+    const int64_t in_turn = query_.head_stride < query_.length_stride ? problem_.kv_heads : 1;
     share_out(heads * pieces, make, [&](int64_t index, Scratch& scratch) {
-      if (side_by_side) {
-        const int64_t batch = index / (kv_heads * pieces);
-        attend(batch * kv_heads + index % kv_heads, pieces_[index / kv_heads % pieces], scratch);
-      } else {
-        attend(index / pieces, pieces_[index % pieces], scratch);
-      }
+      const int64_t batch_head = index / (in_turn * pieces) * in_turn + index % in_turn;
+      attend(batch_head, pieces_[index / in_turn % pieces], scratch);
     }, release<Op>);
   }
 
