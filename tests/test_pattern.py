@@ -8,16 +8,18 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colonnade import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 from colonnade.pattern import Part
-from tests.cases import PARTS, mask_of, patterns, set_of
+from tests.cases import PARTS, each_pattern, mask_of, patterns, set_of
 
 
 def _check_against_the_definition(pattern: Pattern, seq_len: int, heads: int) -> None:
@@ -32,6 +34,35 @@ def _check_against_the_definition(pattern: Pattern, seq_len: int, heads: int) ->
 @given(pattern=patterns(), seq_len=st.integers(0, 30), heads=st.integers(1, 4))
 def test_masks_and_counts(pattern: Pattern, seq_len: int, heads: int) -> None:
     _check_against_the_definition(pattern, seq_len, heads)
+
+
+class _PairsAsNumbers(TorchDispatchMode):
+    """Collects the operations that make more than a bit of every pair."""
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        assert isinstance(result, Tensor)
+        # By its memory: what is merely expanded takes none.
+        held = result.untyped_storage().nbytes() // result.element_size()
+        if held >= self.pairs and result.dtype != torch.bool:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.plain
+@each_pattern
+def test_a_mask_is_made_of_bits_alone(pattern: Pattern) -> None:
+    """Positions of every pair would take eight times the mask's own memory, each time."""
+    with _PairsAsNumbers(pairs=50 * 50) as numbers:
+        pattern.mask(50)
+    assert numbers.found == []
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -144,7 +144,6 @@ class FixedPattern(Pattern):
 
     def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Whether position `query` reads position `key`, for every pair that they broadcast to."""
-        query, key = torch.broadcast_tensors(query, key)
         columns = self.summary_columns(head)
         offset = key % self.stride
         own = key // self.stride == query // self.stride
@@ -155,7 +154,9 @@ class FixedPattern(Pattern):
             read = summary
         else:
             read = own | summary
-        return read & (key <= query) if self.causal else read
+        if self.causal:
+            return read & (key <= query)
+        return read.expand(torch.broadcast_shapes(query.shape, key.shape))
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """The number of pairs (i, j) with j in S_i, over a sequence of `seq_len`; closed form."""
@@ -253,10 +254,9 @@ class StridedPattern(Pattern):
 
     def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Whether position `query` reads position `key`, for every pair that they broadcast to."""
-        distance = query - key
-        local, column = distance <= self.stride, distance % self.stride == 0
+        local, column = key >= query - self.stride, key % self.stride == query % self.stride
         read = {"merged": local | column, "local": local, "summary": column}[self.part]
-        return read & (distance >= 0)
+        return read & (key <= query)
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """The number of pairs (i, j) with j in S_i, over a sequence of `seq_len`; closed form."""
@@ -300,8 +300,7 @@ class LocalPattern(Pattern):
 
     def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Whether position `query` reads position `key`, for every pair that they broadcast to."""
-        distance = query - key
-        return (distance >= 0) & (distance < self.window)
+        return (key <= query) & (key > query - self.window)
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """m(m+1)/2 + (n-m)·window pairs, m = min(n, window), for a sequence of n = `seq_len`."""
@@ -321,8 +320,8 @@ class FullPattern(Pattern):
 
     def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Whether position `query` reads position `key`, for every pair that they broadcast to."""
-        query, key = torch.broadcast_tensors(query, key)
-        return key <= query if self.causal else torch.ones_like(key, dtype=torch.bool)
+        read = key <= query
+        return read if self.causal else torch.ones_like(read)
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """n(n+1)/2 pairs, or n² if not causal, for a sequence of n = `seq_len`."""

@@ -102,7 +102,7 @@ def bench(
     console.print(table)
     if not masked:
         size = f"{timing.masked_bytes(sizes) / 2**30:,.1f} GiB"
-        console.print(f"masked, attention under a boolean mask, is left out: the mask takes {size}")
+        console.print(f"masked, attention under a boolean mask, is left out: it takes {size}")
     share = limit / found.seconds["native"].median
     console.print(f"ceiling {1e3 * limit:.4g} ms, of which native reaches {percent(share)}")
 
