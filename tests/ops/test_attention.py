@@ -21,7 +21,7 @@ from colonnade import (
     StridedPattern,
     attention,
 )
-from colonnade.ops import eager
+from colonnade.ops import eager, full
 from tests.cases import (
     Case,
     Inputs,
@@ -148,7 +148,7 @@ def test_where_the_dense_kernel_runs(
         runs.append(kwargs)
         return scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setattr(eager, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(full, "scaled_dot_product_attention", record)
     case = replace(Case(FullPattern(), v_dim=4), **changes)
     query, key, value = case.inputs(dtype)[:3]
     attention(query, key, value, case.pattern, return_lse=return_lse, backend="eager")
@@ -161,7 +161,7 @@ def test_the_last_queries_of_a_full_pattern(
     q_len: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without gradients PyTorch's kernel takes some of them at a time, with scores in float32."""
-    monkeypatch.setattr(eager, "MASKED_TILE", 8)
+    monkeypatch.setattr(full, "MASKED_TILE", 8)
     case = Case(FullPattern(), q_len=q_len, kv_len=37, v_dim=4)
     inputs = case.inputs(dtype)
     found = attention(*inputs[:3], case.pattern, scale=case.scale, backend="eager")

@@ -5,8 +5,8 @@ matrix products around one softmax over [slots ; own keys]; rows of one shape ar
 and the backward computes the scores anew. Nothing grows like n². Scores, weights and all gradients
 are kept in float32 for half-precision inputs (in float64 for float64); only results are rounded.
 
-Strided and local patterns run in `windowed`. A full pattern runs in PyTorch's own kernel where that
-keeps the contract, else as the fixed pattern that it is.
+Strided and local patterns run in `windowed`, a full one in `full` where that can, else as the fixed
+pattern that it is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from colonnade.ops import windowed
+from colonnade.ops import full, windowed
 from colonnade.ops.autocast import without_autocast
 from colonnade.ops.dropout import Dropout, draw_seed
 from colonnade.ops.planning import make_plan
@@ -31,8 +28,6 @@ from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 FULL_TILE = 128
 """Queries of a full pattern that are computed together."""
-MASKED_TILE = 256
-"""The same for PyTorch's own kernel, where it takes a mask."""
 STACKED_SCORES = 2**19
 """How many scores of rows of one shape are computed together: some MB, which fit into a cache."""
 
@@ -61,12 +56,9 @@ def attend(
     if isinstance(pattern, StridedPattern | LocalPattern):
         return windowed.attend(query, key, value, request)
     if isinstance(pattern, FullPattern):
-        # The last query reads everything. (A branch: the kernel takes no symbolic bool.)
-        masked = False if query.shape[2] == 1 else pattern.causal
-        if _suits_dense_kernel(query, key, value, request, masked):
-            if masked and query.shape[2] != key.shape[2]:
-                return _dense_by_tiles(query, key, value, request.scale, pattern), None
-            return _dense(query, key, value, request.scale, masked), None
+        out = full.attend(query, key, value, request)
+        if out is not None:
+            return out, None
         pattern = pattern.as_fixed(FULL_TILE)
     assert isinstance(pattern, FixedPattern)
     num_kv_heads = key.shape[1]
@@ -90,74 +82,6 @@ def attend(
         outs.append(out)
         lses.append(lse)
     return in_order(outs, heads), in_order(lses, heads)
-
-
-def _suits_dense_kernel(
-    query: Query, key: Key, value: Value, request: Request, masked: bool
-) -> bool:
-    """Whether PyTorch's own kernel keeps the contract, without n² memory.
-
-    It aligns causal masks at the top left, returns no log-sum-exp, adds up gradients in half
-    precision, gives NaN for a causal mask with scale <= 0, and takes neither zero keys nor values
-    of another width nor strided widths. Fewer queries than keys take a mask for each tile, which a
-    backward would keep, and a compiler would see a loop.
-    """
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if masked and query.shape[2] != key.shape[2]:
-        fits = not (wants_grad or torch.compiler.is_compiling())
-    else:
-        precise = query.dtype in (torch.float32, torch.float64)
-        fits = precise or (query.shape[2] == 1 and not wants_grad)
-    dense_widths = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    return (
-        request.cu_seqlens is None  # first: a compiler does not know how many tokens there are
-        and query.device.type == "cpu"
-        and fits
-        and query.shape[3] == value.shape[3]
-        and dense_widths
-        and query.numel() > 0
-        and (request.scale > 0 or not masked)
-        and request.dropout_p == 0
-        and not request.return_lse
-    )
-
-
-def _dense(
-    query: Query,
-    key: Key,
-    value: Value,
-    scale: float,
-    causal: bool = False,
-    reads: Bool[Tensor, "q_len kv_len"] | None = None,
-) -> Output:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=reads,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=bool(query.shape[1] != key.shape[1]),  # no symbolic one
-        )
-
-
-def _dense_by_tiles(
-    query: Query, key: Key, value: Value, scale: float, pattern: FullPattern
-) -> Output:
-    """The last queries of a longer sequence, some at a time under a mask of their own."""
-    compute = torch.promote_types(query.dtype, torch.float32)
-    key, value = key.to(compute), value.to(compute)
-    position = torch.arange(key.shape[2])
-    outs = []
-    for q, at in zip(
-        query.split(MASKED_TILE, 2), position[-query.shape[2] :].split(MASKED_TILE), strict=True
-    ):
-        stop = int(at[-1]) + 1
-        reads = pattern.reads(at[:, None], position[:stop])
-        k, v = key[:, :, :stop], value[:, :, :stop]
-        outs.append(_dense(q.to(compute), k, v, scale, reads=reads))
-    return torch.cat(outs, 2).to(query.dtype)
 
 
 class _Run(NamedTuple):

@@ -1,4 +1,7 @@
-"""The plan as an operation: to a compiler its sizes are unknown, so that any length may come."""
+"""The plan of a call: kept for the next one, or an operation where something records operations.
+
+To a compiler the sizes of an operation's results are unknown, so that any length may come.
+"""
 
 from __future__ import annotations
 
