@@ -29,12 +29,13 @@ OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX ?= c++
 
-.PHONY: help install demo bench bench-packed bench-decoding test test-slow fuzz sanitize lint format clean
+.PHONY: help install demo bench bench-short bench-packed bench-decoding test test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
 	@echo 'make demo       train a small model for MINUTES=$(MINUTES), then evaluate, sample and draw it'
 	@echo 'make bench      time attention against what others offer; hours'
+	@echo 'make bench-short  time short sequences against dense attention; a few minutes'
 	@echo 'make bench-packed  time packed documents against a batch; a minute or two'
 	@echo 'make bench-decoding  time the cache, and generation with it; a quarter of an hour'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
@@ -88,6 +89,9 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attention.py
+
+bench-short: $(STAMP)
+	$(BIN)/python benchmarks/short.py
 
 bench-packed: $(STAMP)
 	$(BIN)/python benchmarks/packed.py
