@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from colonnade.ops import full, windowed
+from colonnade.ops import fake, full, windowed
 from colonnade.ops.autocast import without_autocast
 from colonnade.ops.dropout import Dropout, draw_seed
 from colonnade.ops.planning import make_plan
@@ -255,15 +255,7 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, *plan_and_scale: Any
-) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(query.dtype, torch.float32)
-    return (
-        query.new_empty(*query.shape[:3], value.shape[3]),
-        query.new_empty(query.shape[:3], dtype=compute),
-    )
+_forward.register_fake(fake.forward)
 
 
 @torch.library.custom_op("colonnade::eager_backward", mutates_args=(), schema=_BACKWARD)
@@ -318,11 +310,7 @@ def _backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-@_backward.register_fake
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+_backward.register_fake(fake.backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

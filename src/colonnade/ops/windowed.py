@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colonnade.ops import fake
 from colonnade.ops.autocast import without_autocast
 from colonnade.ops.dropout import Dropout, draw_seed
 from colonnade.ops.request import Request, by_documents
@@ -237,15 +238,7 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(query.dtype, torch.float32)
-    return (
-        query.new_empty(*query.shape[:3], value.shape[3]),
-        query.new_empty(query.shape[:3], dtype=compute),
-    )
+_forward.register_fake(fake.forward)
 
 
 @torch.library.custom_op("colonnade::windowed_backward", mutates_args=(), schema=_BACKWARD)
@@ -295,11 +288,7 @@ def _backward(
     return d_query, d_key, d_value
 
 
-@_backward.register_fake
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+_backward.register_fake(fake.backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from colonnade.ops import fake
 from colonnade.ops.native import build
 from colonnade.ops.planning import make_plan
 from colonnade.ops.request import Request
@@ -127,19 +128,6 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
     return forward, backward
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *plan: Any) -> tuple[Tensor, Tensor]:
-    return (
-        query.new_empty(*query.shape[:3], value.shape[3]),
-        query.new_empty(query.shape[:3], dtype=torch.float32),
-    )
-
-
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
 def _decode_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
 
@@ -157,8 +145,8 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
     return (*grads, *[None] * 5)
 
 
-torch.library.register_fake("colonnade::native_forward", _forward_fake)
-torch.library.register_fake("colonnade::native_backward", _backward_fake)
+torch.library.register_fake("colonnade::native_forward", fake.forward)
+torch.library.register_fake("colonnade::native_backward", fake.backward)
 torch.library.register_fake("colonnade::native_decode", _decode_fake)
 torch.library.register_autograd(
     "colonnade::native_forward", _gradients, setup_context=_setup_context
