@@ -102,7 +102,10 @@ def bench(
     console.print(table)
     if not masked:
         size = f"{timing.masked_bytes(sizes) / 2**30:,.1f} GiB"
-        console.print(f"masked, attention under a boolean mask, is left out: it takes {size}")
+        console.print(
+            f"masked, attention under a boolean mask, is left out: it takes {size}, and is timed "
+            f"up to n = {timing.MASKED_LIMIT:,} where memory holds it"
+        )
     share = limit / found.seconds["native"].median
     console.print(f"ceiling {1e3 * limit:.4g} ms, of which native reaches {percent(share)}")
 
