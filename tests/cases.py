@@ -46,7 +46,7 @@ each_pattern = pytest.mark.parametrize("pattern", EXAMPLES.values(), ids=EXAMPLE
 
 def set_of(pattern: Pattern, i: int, n: int, head: int = 0) -> set[int]:
     """The oracle's set for position i of n; fields of a pattern are named as in the oracle."""
-    fields = asdict(pattern)  # type: ignore[call-overload]
+    fields = asdict(pattern)
     if isinstance(pattern, FixedPattern):
         return oracle.fixed_set(i, n, head=head, **fields)
     sets = {

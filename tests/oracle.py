@@ -62,7 +62,7 @@ def fixed_mask(n: int, heads: int, **pattern: object) -> Tensor:
     return mask_of_sets(
         n,
         heads,
-        lambda head, i: fixed_set(i, n, head=head, **pattern),  # type: ignore[arg-type]
+        lambda head, i: fixed_set(i, n, head=head, **pattern),
     )
 
 

@@ -208,8 +208,8 @@ def test_what_has_no_cost(pattern: Pattern, length: int, message: str) -> None:
 @pytest.mark.plain
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="seq_len must be an int"):
-        cost(FullPattern(), 8.0, ONE)  # type: ignore[arg-type]
+        cost(FullPattern(), 8.0, ONE)
     with pytest.raises(TypeError, match="heads must be an int, got heads=True"):
         replace(SIZES, heads=True)
     with pytest.raises(TypeError, match="one of this package's, got str"):
-        num_kept("full", 8)  # type: ignore[arg-type]
+        num_kept("full", 8)

@@ -112,7 +112,7 @@ def masked_bytes(sizes: Sizes) -> int:
 
 
 def masked_fits(sizes: Sizes) -> bool:
-    """Whether attention under a boolean mask is to be timed: the mask has room in memory."""
+    """Whether attention under a boolean mask is to be timed: not too long, and it has room."""
     allowed = MASKED_SHARE * _memory()
     return sizes.seq_len <= MASKED_LIMIT and masked_bytes(sizes) <= allowed
 

@@ -34,7 +34,7 @@ def _model(name: str) -> PreTrainedModel:
 def _generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     options = {**GREEDY, "attention_mask": torch.ones_like(ids), **options}
     torch.manual_seed(0)
-    generated: Tensor = model.generate(ids, **options)  # type: ignore[operator]
+    generated: Tensor = model.generate(ids, **options)
     return generated
 
 
@@ -128,10 +128,10 @@ def test_a_conversation_goes_on_from_a_returned_cache(name: str) -> None:
     ids, more = prompts(2, 13), prompts(2, 11)
     options = {"return_dict_in_generate": True, "past_key_values": FixedCache(model.config)}
     first = _generate(model, ids, **options)
-    assert first.past_key_values is options["past_key_values"]  # type: ignore[attr-defined]
-    whole = torch.cat([first.sequences, more], 1)  # type: ignore[attr-defined]
-    another = copy.deepcopy(first.past_key_values)  # type: ignore[attr-defined]
-    second = _generate(model, whole, past_key_values=first.past_key_values)  # type: ignore[attr-defined]
+    assert first.past_key_values is options["past_key_values"]
+    whole = torch.cat([first.sequences, more], 1)
+    another = copy.deepcopy(first.past_key_values)
+    second = _generate(model, whole, past_key_values=first.past_key_values)
     assert torch.equal(second, _generate(model, whole, past_key_values=DynamicCache()))
     assert torch.equal(second, _generate(model, whole, past_key_values=another))
 
@@ -169,7 +169,7 @@ def test_a_compiled_step_over_a_static_cache(name: str) -> None:
             token = logits[:, -1:].argmax(-1)
             assert torch.equal(token[:, 0], full[:, 21 + index])
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            inputs = model.prepare_inputs_for_generation(  # type: ignore[operator]
+            inputs = model.prepare_inputs_for_generation(
                 token,
                 past_key_values=cache,
                 attention_mask=mask,
@@ -326,7 +326,7 @@ def test_what_would_be_silently_wrong_raises() -> None:
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         with pytest.raises(ValueError, match="works with attn_implementation='colonnade'"):
-            model.generate(ids, past_key_values=FixedCache(model.config), **GREEDY)  # type: ignore[operator]
+            model.generate(ids, past_key_values=FixedCache(model.config), **GREEDY)
         with pytest.raises(ValueError, match="works with attn_implementation='colonnade'"):
             model(ids[:, :1], past_key_values=copy.deepcopy(cache))
 

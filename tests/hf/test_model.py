@@ -348,7 +348,7 @@ def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -
 
     def spy(*args: object, **kwargs: object) -> object:
         seen.append(args[3])
-        return col.attention(*args, **kwargs)  # type: ignore[arg-type]
+        return col.attention(*args, **kwargs)
 
     monkeypatch.setattr("colonnade.ops.heads.attention", spy)
     random_model()(tokens(1, 9), use_cache=False)

@@ -150,7 +150,7 @@ def test_no_position_sees_the_future(part: Part, t: int) -> None:
 @pytest.mark.parametrize("pattern", [None, "fixed", torch.ones(4, 4)])
 def test_a_pattern_is_a_pattern(pattern: object) -> None:
     with pytest.raises(TypeError, match=f"pattern must be a Pattern.*{type(pattern).__name__}"):
-        SelfAttention(8, 2, pattern)  # type: ignore[arg-type]
+        SelfAttention(8, 2, pattern)
 
 
 @pytest.mark.plain

@@ -21,7 +21,7 @@ PATTERNS: list[Patterns] = [
 
 
 def _layer(pattern: Patterns, **options: float) -> SelfAttention:
-    return SelfAttention(24, 4, pattern, num_kv_heads=2, qk_dim=16, **options).double()  # type: ignore[arg-type]
+    return SelfAttention(24, 4, pattern, num_kv_heads=2, qk_dim=16, **options).double()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

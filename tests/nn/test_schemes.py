@@ -23,7 +23,7 @@ def _head_reads(layer: SelfAttention) -> Tensor:
     """
     for projection in (layer.query_proj, layer.key_proj):
         torch.nn.init.zeros_(projection.weight)
-    layer.out_proj = torch.nn.Identity()  # type: ignore[assignment]
+    layer.out_proj = torch.nn.Identity()
     x = torch.randn(1, N, layer.num_heads * layer.v_head_dim, dtype=torch.float64)
     x.requires_grad_()
     by_head = layer(x).unflatten(-1, (layer.num_heads, -1))

@@ -243,7 +243,7 @@ def test_mistakes_are_met_before_anything_large_is_made(
 
 def test_explain_checks_the_pattern_too() -> None:
     with pytest.raises(TypeError, match=r"pattern must be a Pattern.*got a NoneType"):
-        explain(*_shaped(), pattern=None)  # type: ignore[misc, arg-type]
+        explain(*_shaped(), pattern=None)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from colonnade.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from colonnade.bench import Comparison, Sizes
     from colonnade.info import Info
 
 
@@ -77,8 +78,7 @@ def bench(
         )
         sizes.pattern()
         names = ["native", "eager", "dense"]
-        masked = timing.masked_fits(sizes)
-        if masked:
+        if timing.masked_fits(sizes):
             names.append("masked")
         found = timing.compare(timing.contenders(sizes, names), rounds)
         limit = timing.ceiling(sizes)
@@ -89,9 +89,18 @@ def bench(
         }
         result = {"sizes": asdict(sizes), **asdict(found), "ceiling": limit, "flex": of_tiles}
         typer.echo(json.dumps(result))
-        return
+    else:
+        _print_times(sizes, found, limit, tiles)
+
+
+def _print_times(
+    sizes: Sizes, found: Comparison, limit: float, tiles: dict[str, Comparison | str]
+) -> None:
+    """What `bench` measured, as a table, and how far it is from the ceiling `limit`."""
+    from colonnade import bench as timing
+
     table = table_of("", "ms", "fastest", "slowest", "times native")
-    rows = [(name, found.seconds[name], found.ratio.get(name)) for name in names]
+    rows = [(name, each, found.ratio.get(name)) for name, each in found.seconds.items()]
     for tile, each in tiles.items():
         if not isinstance(each, str):
             rows.append((f"flex, {tile}", each.seconds["flex"], each.ratio["flex"]))
@@ -100,10 +109,10 @@ def bench(
         table.add_row(name, *numbers, times(ratio.median) if ratio else "")
     console = Console(highlight=False)
     console.print(table)
-    if not masked:
-        size = f"{timing.masked_bytes(sizes) / 2**30:,.1f} GiB"
+    if "masked" not in found.seconds:
+        needed = f"{timing.masked_bytes(sizes) / 2**30:,.1f} GiB"
         console.print(
-            f"masked, attention under a boolean mask, is left out: it takes {size}, and is timed "
+            f"masked, attention under a boolean mask, is left out: it takes {needed}, and is timed "
             f"up to n = {timing.MASKED_LIMIT:,} where memory holds it"
         )
     share = limit / found.seconds["native"].median

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -86,10 +85,12 @@ def _check_fit(
 
 def _of(attribute: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     """Only on the way to an error: a compiler would take a printed length for a constant."""
-    show: Callable[[object], object] = tuple if attribute == "shape" else str  # type: ignore[assignment]
+    found = [getattr(tensor, attribute) for tensor in (query, key, value)]
+    if attribute == "shape":
+        found = [tuple(shape) for shape in found]
     return ", ".join(
-        f"{name}.{attribute}={show(getattr(tensor, attribute))}"
-        for name, tensor in (("query", query), ("key", key), ("value", value))
+        f"{name}.{attribute}={each}"
+        for name, each in zip(("query", "key", "value"), found, strict=True)
     )
 
 

@@ -120,8 +120,7 @@ class Decode {
     for (int64_t i = 0; i < keys.count; ++i) {
       const T* key = keys.key + i * key_.length_stride;
       // The processor foresees one stream of reads, not that values come next.
-      const T* value = keys.value + i * value_.length_stride;
-      for (int64_t at = 0; at < v_dim_; at += kLine<T>) __builtin_prefetch(value + at);
+      fetch_row(keys.value + i * value_.length_stride, v_dim_);
       Vec one[N], two[N];
       for (int64_t n = 0; n < N; ++n) one[n] = two[n] = Vec(0.0f);
       for (int64_t at = 0; at < qk_dim_; at += 2 * kLanes) {
