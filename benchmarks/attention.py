@@ -55,7 +55,7 @@ def measure(sizes: Sizes, dense_limit: int) -> dict[str, Any]:
         names.append("dense")
     if masked_fits(sizes):
         names.append("masked")
-    rounds = 3 if sizes.seq_len > 16_384 else 9
+    rounds = 3 if sizes.seq_len >= 65_536 else 9
     found = compare(contenders(sizes, names), rounds)
     return {
         "sizes": asdict(sizes),
