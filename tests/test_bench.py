@@ -17,7 +17,7 @@ import colonnade
 from colonnade import FixedPattern, bench
 from colonnade.bench import Sizes, Spread
 from colonnade.cli import app
-from colonnade.plan import gathered_mask
+from colonnade.plan.table import gathered_mask
 from tests.oracle import fixed_mask
 
 SMALL = Sizes(seq_len=40, stride=8, summary=2, heads=2, kv_heads=1, head_dim=16)

@@ -16,7 +16,7 @@ from torch import Tensor
 import colonnade
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
 from colonnade.cache import GROWTH
-from colonnade.ops import native
+from colonnade.backends import native
 from colonnade.ops.attention import attention_reduced
 from colonnade.ops.heads import Patterns, runs_of_heads
 from tests.cases import EXAMPLES, mask_of

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from colonnade import FixedPattern
 from colonnade.pattern import Part
-from colonnade.plan import Plan, fixed_plan, head_groups, packed_plan, row_and_column, table_rows
+from colonnade.plan.lines import block_and_offset
+from colonnade.plan.table import Plan, fixed_plan, head_groups, packed_plan, table_rows
 from tests.cases import PARTS, Case, cases, fixed_patterns, set_of
 
 Reads = list[list[int]]
@@ -235,8 +236,8 @@ def test_one_document_is_one_sequence(
 @given(
     positions=st.lists(st.integers(0, 10**6), min_size=1, max_size=5), stride=st.integers(1, 1000)
 )
-def test_row_and_column(positions: list[int], stride: int) -> None:
+def test_block_and_offset(positions: list[int], stride: int) -> None:
     """Python's own division is the independent one here."""
-    rows, columns = row_and_column(torch.tensor([positions]), stride)
+    rows, columns = block_and_offset(torch.tensor([positions]), stride)
     assert rows.tolist() == [[divmod(i, stride)[0] for i in positions]]
     assert columns.tolist() == [[divmod(i, stride)[1] for i in positions]]

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from colonnade.ops import attention, native
+from colonnade.backends import native
+from colonnade.ops import attention
 from colonnade.pattern import FixedPattern, Part
-from colonnade.plan import gathered_mask
+from colonnade.plan.table import gathered_mask
 
 Function = Callable[[], object]
 FLEX_TILES = ((128, 128), (128, 32), (128, 16), (128, 8))

@@ -16,7 +16,7 @@ from colonnade.pattern import (
     StridedPattern,
     check_count,
 )
-from colonnade.plan import num_rows
+from colonnade.plan.lines import num_blocks
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Of one number, by the name of its type."""
@@ -56,7 +56,7 @@ class Sizes:
             if many % few != 0:
                 raise ValueError(
                     f"{name} must be a multiple of {divisor}, got {name}={many} and "
-                    f"{divisor}={few}; {name}={num_rows(many, few) * few} would be."
+                    f"{divisor}={few}; {name}={num_blocks(many, few) * few} would be."
                 )
         if self.dtype not in BYTES:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got dtype={self.dtype!r}.")
@@ -168,7 +168,7 @@ def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
 
 def _num_kept_fixed(pattern: FixedPattern, seq_len: int, head: int) -> int:
     stride, summary = pattern.stride, pattern.summary
-    closed = max(num_rows(seq_len, stride) - 1, 0)
+    closed = max(num_blocks(seq_len, stride) - 1, 0)
     of_open_block = seq_len - closed * stride
     if pattern.part == "local":
         return min(seq_len, stride)

@@ -21,7 +21,7 @@ from colonnade import (
     StridedPattern,
     attention,
 )
-from colonnade.ops import eager, full
+from colonnade.backends.eager import fixed as eager, full
 from tests.cases import (
     Case,
     Inputs,

@@ -20,7 +20,7 @@ from colonnade import (
     explain,
 )
 from colonnade.pattern import Part
-from colonnade.plan import fixed_plan
+from colonnade.plan.table import fixed_plan
 from tests import oracle
 from tests.cases import (
     EXAMPLES,

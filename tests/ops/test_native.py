@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import colonnade
 from colonnade import FixedPattern, attention, attention_varlen
-from colonnade.ops.planning import make_plan
-from colonnade.ops.request import Request
+from colonnade.backends.tracing.planning import make_plan
+from colonnade.backends.call import Request
 from tests.cases import (
     PARTS,
     Case,

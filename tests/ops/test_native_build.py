@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import colonnade
-from colonnade.ops.native import build
+from colonnade.backends.native import build
 
 why_not = colonnade.backends()["native"]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=f"native {why_not}")

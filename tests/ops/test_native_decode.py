@@ -13,7 +13,7 @@ from torch import Tensor
 
 import colonnade
 from colonnade import FullPattern
-from colonnade.ops import native
+from colonnade.backends import native
 from tests.cases import Case, Inputs
 from tests.ops.test_native import LAYOUTS
 from tests.oracle import loop_attention

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from colonnade import FixedPattern, attention, backends
-from colonnade.ops import planning
+from colonnade.backends.tracing import planning
 from tests.cases import Case, Inputs, attend, attend_by_loops
 from tests.rounding import check
 

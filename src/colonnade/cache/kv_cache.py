@@ -9,12 +9,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from colonnade.cache.store import Entries, Rows, Store, pad
-from colonnade.ops.autocast import cast_as_autocast_would
+from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.ops.check import check_finite, check_tensors
 from colonnade.ops.heads import Patterns, check_patterns, runs_of_heads
-from colonnade.ops.held import attend_held, attend_last
+from colonnade.ops.kept import attend_held, attend_last
 from colonnade.pattern import FullPattern, Pattern, StridedPattern, check_count
-from colonnade.plan import kept_begin, num_slots
+from colonnade.plan.kept import kept_begin, num_slots
 from colonnade.shapes import Key, Output, Query, Value
 
 

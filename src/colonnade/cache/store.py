@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from colonnade.pattern import FixedPattern, Pattern
-from colonnade.plan import kept_begin, new_slots, num_slots, tail_room
+from colonnade.plan.kept import kept_begin, new_slots, num_slots, tail_room
 
 GROWTH = 1.25
 """A buffer that is full becomes so many times as long: entries are moved a few times each."""

@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function, packed_sequence_mas
 from colonnade.hf.cache import CacheOffset, FixedCache
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.heads import Patterns, attend, runs_of_heads
-from colonnade.ops.held import attend_positions
+from colonnade.ops.kept import attend_positions
 from colonnade.ops.packing import Packing
 from colonnade.shapes import Key, Output, Positions, Query, Value
 

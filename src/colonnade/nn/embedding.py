@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from colonnade.plan import num_rows, row_and_column
+from colonnade.plan.lines import block_and_offset, num_blocks
 from colonnade.shapes import Hidden
 
 PositionIds = Int[Tensor, "#batch seq_len"]
@@ -25,12 +25,12 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.stride = stride
         self.token = nn.Embedding(vocab_size, embed_dim)
-        self.row = nn.Embedding(num_rows(max_positions, stride), embed_dim)
+        self.row = nn.Embedding(num_blocks(max_positions, stride), embed_dim)
         self.column = nn.Embedding(stride, embed_dim)
 
     def positions(self, position_ids: PositionIds) -> Hidden:
         """The position part alone, for tokens that are embedded already."""
-        row, column = row_and_column(position_ids, self.stride)
+        row, column = block_and_offset(position_ids, self.stride)
         embedded: Tensor = self.row(row) + self.column(column)
         return embedded
 
@@ -67,8 +67,8 @@ class ImageEmbedding(nn.Module):
 
     def positions(self, position_ids: PositionIds) -> Hidden:
         """The position part alone, for tokens that are embedded already."""
-        pixel, channel = row_and_column(position_ids, self.channels)
-        row, column = row_and_column(pixel, self.width)
+        pixel, channel = block_and_offset(position_ids, self.channels)
+        row, column = block_and_offset(pixel, self.width)
         embedded: Tensor = self.row(row) + self.column(column) + self.channel(channel)
         return embedded
 

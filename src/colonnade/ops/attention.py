@@ -11,10 +11,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from colonnade.ops import eager, native, reference
-from colonnade.ops.autocast import cast_as_autocast_would, without_autocast
+from colonnade.backends import native, reference
+from colonnade.backends.eager import fixed as eager
+from colonnade.backends.tracing.autocast import cast_as_autocast_would, without_autocast
 from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_request
-from colonnade.ops.request import Request
+from colonnade.backends.call import Request
 from colonnade.pattern import FixedPattern, HasMask
 from colonnade.shapes import (
     CuSeqlens,

@@ -8,8 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
-from colonnade.ops.autocast import AUTOCAST_DTYPES
-from colonnade.ops.request import Request
+from colonnade.backends.tracing.autocast import AUTOCAST_DTYPES
+from colonnade.backends.call import Request
 from colonnade.pattern import HasMask, Pattern
 
 DTYPES = (torch.float64, *AUTOCAST_DTYPES)

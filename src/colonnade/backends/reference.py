@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.ops.request import Request, by_documents
+from colonnade.backends.call import Request, by_documents
 from colonnade.pattern import FixedPattern
-from colonnade.plan import kept_positions
+from colonnade.plan.kept import kept_positions
 from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, Value
 
 

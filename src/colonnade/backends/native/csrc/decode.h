@@ -36,12 +36,12 @@ class Decode {
   // `reads` is [batch, kv_heads, length], row by row, or null: everything is read.
   Decode(
       const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const bool* reads,
-      float scale, const at::Tensor& out)
+      float scale, const at::Tensor& out, const at::Tensor& lse)
       : batch_(key.size(0)), kv_heads_(key.size(1)), group_(query.size(1) / kv_heads_),
         length_(key.size(2)), qk_dim_(query.size(3)), v_dim_(value.size(3)),
         qk_width_(round_up(qk_dim_, 2 * kLanes)), v_width_(round_up(v_dim_, 2 * kLanes)),
         runs_((length_ + kRunKeys - 1) / kRunKeys), key_(key), value_(value), out_(out),
-        reads_(reads), queries_(batch_ * kv_heads_ * group_ * qk_width_),
+        lse_(lse.data_ptr<float>()), reads_(reads), queries_(batch_ * kv_heads_ * group_ * qk_width_),
         peaks_(batch_ * kv_heads_ * runs_ * group_), totals_(batch_ * kv_heads_ * runs_ * group_),
         sums_(batch_ * kv_heads_ * runs_ * group_ * v_width_) {
     const View<T> rows(query);
@@ -183,11 +183,15 @@ class Decode {
         add_row(sums_.get() + at(run) * v_width_, v_width_, sum.get());
       }
       T* out = out_.row(head / kv_heads_, head % kv_heads_ * group_ + g, 0);
+      float& lse = lse_[head * group_ + g];
       if (peak == -kInfinity) {  // It reads nothing.
+        lse = -kInfinity;
         std::fill_n(out, v_dim_, T(0));
       } else if (!std::isfinite(peak)) {
+        lse = kNaN;
         std::fill_n(out, v_dim_, static_cast<T>(kNaN));
       } else {
+        lse = peak + std::log(total);
         store_row(sum.get(), v_dim_, 1 / total, out);
       }
     }
@@ -195,6 +199,7 @@ class Decode {
 
   int64_t batch_, kv_heads_, group_, length_, qk_dim_, v_dim_, qk_width_, v_width_, runs_;
   View<T> key_, value_, out_;
+  float* lse_;  // [batch, kv_heads, group]
   const bool* reads_;
   Buffer<float> queries_, peaks_, totals_, sums_;
 };

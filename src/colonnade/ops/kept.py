@@ -13,11 +13,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from colonnade.ops import native
+from colonnade.backends import native
 from colonnade.ops.attention import attention, attention_reduced
-from colonnade.ops.autocast import cast_as_autocast_would, without_autocast
+from colonnade.backends.tracing.autocast import cast_as_autocast_would, without_autocast
 from colonnade.pattern import FixedPattern, Pattern
-from colonnade.plan import last_reads, last_span, num_rows, num_slots
+from colonnade.plan.kept import last_reads, last_span, num_slots
+from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Key, Output, Query, Value
 
 HALF = (torch.bfloat16, torch.float16)
@@ -61,7 +62,7 @@ def attend_held(
         assert isinstance(out, Tensor)
         return out
     assert isinstance(pattern, FixedPattern)
-    reduced = num_rows(begin, pattern.stride)
+    reduced = num_blocks(begin, pattern.stride)
     return attention_reduced(query, key, value, pattern, reduced, **options)
 
 

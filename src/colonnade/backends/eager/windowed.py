@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.ops import fake
-from colonnade.ops.autocast import without_autocast
-from colonnade.ops.dropout import Dropout, draw_seed
-from colonnade.ops.request import Request, by_documents
+from colonnade.backends.tracing import fake
+from colonnade.backends.tracing.autocast import without_autocast
+from colonnade.backends.eager.dropout import Dropout, draw_seed
+from colonnade.backends.call import Request, by_documents
 from colonnade.pattern import LocalPattern, Part, StridedPattern
-from colonnade.plan import num_rows
+from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 Reads = Literal["window"] | Part
@@ -151,7 +151,7 @@ class _Laid:
         # Lines longer than the sequence would be padding; they read what lines of its length do.
         self.width = max(min(width, self.kv_len), 1)
         bad = ~value.isfinite().all(-1, keepdim=True)
-        self.q_lines = num_rows(self.q_len, self.width)
+        self.q_lines = num_blocks(self.q_len, self.width)
         self.q_columns = self.q_len if self.q_lines == 1 else self.width
         self.q = self.queries(query) * scale
         self.k = self._lines(key[:, :, None].to(self.compute))
@@ -174,7 +174,7 @@ class _Laid:
     def _lines(self, tensor: Tensor) -> Tensor:
         """[…, n, D] as […, lines, width, D], zeros in front of the first position."""
         length = tensor.shape[-2]
-        lines = num_rows(length, self.width)
+        lines = num_blocks(length, self.width)
         padded = F.pad(tensor, (0, 0, lines * self.width - length, 0))
         laid_out: Tensor = padded.unflatten(-2, (lines, self.width))
         return laid_out

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern
-from colonnade.shapes import Gather, KeptMask, Mask, Positions, Shift, Table
-
-Length = TypeVar("Length", int, Tensor)
+from colonnade.pattern import FixedPattern
+from colonnade.plan.lines import num_blocks
+from colonnade.shapes import Gather, Mask, Positions, Shift, Table
 
 
 class Row(NamedTuple):
@@ -106,13 +105,13 @@ def fixed_plan(
     there.
     """
     dropped = reduced * (pattern.stride - pattern.summary)
-    num_blocks = num_rows(kv_len + dropped, pattern.stride)
+    blocks = num_blocks(kv_len + dropped, pattern.stride)
     skipped = kv_len - q_len
-    first = (skipped + dropped) // pattern.stride if q_len > 0 else num_blocks
-    in_reach = num_blocks if q_len > 0 else 0
+    first = (skipped + dropped) // pattern.stride if q_len > 0 else blocks
+    in_reach = blocks if q_len > 0 else 0
     # Where the sequence would begin if the reduced blocks were whole.
     everything = torch.tensor(-dropped), torch.tensor(kv_len)
-    rows = _Blocks(torch.arange(first, num_blocks), *everything)
+    rows = _Blocks(torch.arange(first, blocks), *everything)
     if not pattern.causal:
         return _bidirectional_plan(pattern, rows, skipped, torch.arange(kv_len), heads)
     gathered = {"merged": max(in_reach - 1, 0), "local": 0, "summary": in_reach}[pattern.part]
@@ -133,14 +132,14 @@ def packed_plan(
     """
     length = torch.tensor(lengths, dtype=torch.long)
     end = length.cumsum(0)
-    num_blocks = num_rows(length, pattern.stride)
-    document = torch.arange(len(lengths)).repeat_interleave(num_blocks)
-    index = torch.arange(len(document)) - _sums_before(num_blocks)[document]
+    counts = num_blocks(length, pattern.stride)
+    document = torch.arange(len(lengths)).repeat_interleave(counts)
+    index = torch.arange(len(document)) - _sums_before(counts)[document]
     rows = _Blocks(index, (end - length)[document], end[document])
     if not pattern.causal:
         in_document = torch.arange(sum(lengths)) - (end - length).repeat_interleave(length)
         return _bidirectional_plan(pattern, rows, 0, in_document, heads)
-    last = index == num_blocks[document] - 1
+    last = index == counts[document] - 1
     kept = {"merged": ~last, "local": last & ~last, "summary": last | ~last}[pattern.part]
     gathered = _Blocks(*(part[kept] for part in rows))
     slots_before = _sums_before(kept) - index * (pattern.part != "local")
@@ -269,98 +268,6 @@ def gathered_mask(
     return slots, reads
 
 
-# What a decoder keeps: [slots | tail], the summaries of the blocks before position `begin` and
-# everything from there on. Row b of a batch may have its own `seq_len` and `begin`.
-
-
-def kept_begin(pattern: Pattern, seq_len: int) -> int:
-    """The first position that has to be kept whatever it is, after `seq_len` positions.
-
-    That of the open block, or of the window; strided and full patterns keep everything.
-    """
-    if isinstance(pattern, FixedPattern):
-        return seq_len // pattern.stride * pattern.stride
-    return max(seq_len - pattern.window, 0) if isinstance(pattern, LocalPattern) else 0
-
-
-def num_slots(pattern: Pattern, begin: Length) -> Length:
-    """The summaries that each key head keeps of the blocks before position `begin`."""
-    if isinstance(pattern, FixedPattern) and pattern.part != "local":
-        return begin // pattern.stride * pattern.summary
-    return begin * 0
-
-
-def tail_room(pattern: Pattern) -> int | None:
-    """How long a tail becomes before something of it can go; None: nothing ever can.
-
-    Twice a window, so that what is left of one is moved once in as many tokens.
-    """
-    if isinstance(pattern, FixedPattern):
-        return pattern.stride
-    return 2 * pattern.window if isinstance(pattern, LocalPattern) else None
-
-
-def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gather:
-    """Where the summaries of the blocks from `begin` to `end` lie, counted from `begin`."""
-    if not isinstance(pattern, FixedPattern) or pattern.part == "local":
-        return torch.zeros(num_kv_heads, 0, dtype=torch.long)
-    columns = [pattern.summary_columns(head) for head in range(num_kv_heads)]
-    of_block = torch.stack([torch.arange(c.start, c.stop) for c in columns])
-    return (torch.arange(0, end - begin, pattern.stride)[:, None] + of_block[:, None]).flatten(1)
-
-
-def kept_positions(pattern: FixedPattern, seq_len: int, reduced: int, head: int) -> Positions:
-    """The positions that a key head keeps whose first `reduced` blocks are summaries alone."""
-    begin = reduced * pattern.stride
-    slots = new_slots(pattern, 0, begin, head + 1)[head]
-    return torch.cat([slots, torch.arange(begin, seq_len)])
-
-
-def last_reads(
-    pattern: Pattern, seq_len: Positions, begin: Positions, width: int, num_kv_heads: int
-) -> KeptMask:
-    """Which of the first `width` kept entries each row's last position reads.
-
-    Args:
-        pattern: Causal.
-        seq_len: [batch]; a row without a position reads nothing.
-        begin: [batch]: where each row's tail begins.
-        width: Entries.
-        num_kv_heads: Key heads.
-    """
-    entry = torch.arange(width)
-    slots = num_slots(pattern, begin)[:, None]
-    query, key = seq_len[:, None] - 1, begin[:, None] + entry - slots
-    of_tail = [pattern.reads(query, key, head) for head in range(num_kv_heads)]
-    return torch.where((entry < slots)[:, None], True, torch.stack(of_tail, 1))
-
-
-def last_span(pattern: Pattern, seq_len: int, begin: int, num_kv_heads: int) -> range | None:
-    """The kept entries that the last position reads, where they are one run, the same for all."""
-    slots = num_slots(pattern, begin)
-    held = slots + seq_len - begin
-    if isinstance(pattern, FullPattern):
-        return range(held)
-    if isinstance(pattern, LocalPattern):
-        return range(max(held - pattern.window, 0), held)
-    if not isinstance(pattern, FixedPattern) or kept_begin(pattern, seq_len - 1) != begin:
-        return None
-    if pattern.part == "summary":
-        first = min(pattern.summary_columns(head).start for head in range(num_kv_heads))
-        return range(slots) if seq_len - 1 - begin < first else None
-    return range(held)
-
-
 def _sums_before(counts: Tensor) -> Tensor:
     """For each entry the sum of those before it."""
     return counts.cumsum(0) - counts.long()
-
-
-def num_rows(seq_len: Length, stride: int) -> Length:
-    """Blocks of a sequence, a short last one included: rows of it laid out `stride` wide."""
-    return -(-seq_len // stride)
-
-
-def row_and_column(positions: Positions, stride: int) -> tuple[Positions, Positions]:
-    """(block, offset in the block): row and column of the sequence laid out `stride` wide."""
-    return positions // stride, positions % stride

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._library.fake_impl import allocate_size
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from colonnade.ops.request import Request, document_lengths
+from colonnade.backends.call import Request, document_lengths
 from colonnade.pattern import FixedPattern, Part
-from colonnade.plan import Plan, Row, fixed_plan, own_from_slots, packed_plan
+from colonnade.plan.table import Plan, Row, fixed_plan, own_from_slots, packed_plan
 
 
 def make_plan(

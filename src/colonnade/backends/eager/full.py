@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from colonnade.ops.request import Request
+from colonnade.backends.call import Request
 from colonnade.pattern import FullPattern
 from colonnade.shapes import Key, Output, Query, Value
 

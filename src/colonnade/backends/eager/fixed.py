@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from colonnade.ops import fake, full, windowed
-from colonnade.ops.autocast import without_autocast
-from colonnade.ops.dropout import Dropout, draw_seed
-from colonnade.ops.planning import make_plan
-from colonnade.ops.request import Request, in_order, only_heads
+from colonnade.backends.eager import full, windowed
+from colonnade.backends.tracing import fake
+from colonnade.backends.tracing.autocast import without_autocast
+from colonnade.backends.eager.dropout import Dropout, draw_seed
+from colonnade.backends.tracing.planning import make_plan
+from colonnade.backends.call import Request, in_order, only_heads
 from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, StridedPattern
-from colonnade.plan import Row, head_groups, table_rows
+from colonnade.plan.table import Row, head_groups, table_rows
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 FULL_TILE = 128

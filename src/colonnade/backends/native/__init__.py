@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from colonnade.ops import fake
-from colonnade.ops.native import build
-from colonnade.ops.planning import make_plan
-from colonnade.ops.request import Request
+from colonnade.backends.tracing import fake
+from colonnade.backends.native import build
+from colonnade.backends.tracing.planning import make_plan
+from colonnade.backends.call import Request
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -89,7 +89,8 @@ def decode(
     """
     if scale is None:
         scale = query.shape[3] ** -0.5
-    out: Tensor = torch.ops.colonnade.native_decode(query, key, value, reads, scale)
+    out: Tensor
+    out, _ = torch.ops.colonnade.native_decode(query, key, value, reads, scale)
     return out
 
 
@@ -105,7 +106,7 @@ torch.library.define(
 )
 torch.library.define(
     "colonnade::native_decode",
-    "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "colonnade::native_ceiling",
@@ -128,10 +129,6 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
     return forward, backward
 
 
-def _decode_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, own_from_slots, scale = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
@@ -147,7 +144,7 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
 
 torch.library.register_fake("colonnade::native_forward", fake.forward)
 torch.library.register_fake("colonnade::native_backward", fake.backward)
-torch.library.register_fake("colonnade::native_decode", _decode_fake)
+torch.library.register_fake("colonnade::native_decode", fake.forward)
 torch.library.register_autograd(
     "colonnade::native_forward", _gradients, setup_context=_setup_context
 )

@@ -61,20 +61,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {grad_query, grad_key, grad_value};
 }
 
-at::Tensor decode(
+std::tuple<at::Tensor, at::Tensor> decode(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const std::optional<at::Tensor>& reads, double scale) {
   const auto q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
   auto out = at::empty({q.size(0), q.size(1), 1, v.size(3)}, q.options());
+  auto lse = at::empty({q.size(0), q.size(1), 1}, q.options().dtype(at::kFloat));
   const auto read = reads.has_value() ? reads->contiguous() : at::Tensor();
   const bool* marks = read.defined() ? read.const_data_ptr<bool>() : nullptr;
   const auto factor = static_cast<float>(scale);
   if (q.scalar_type() == at::kFloat) {
-    Decode<float>(q, k, v, marks, factor, out).run();
+    Decode<float>(q, k, v, marks, factor, out, lse).run();
   } else {
-    Decode<BFloat16>(q, k, v, marks, factor, out).run();
+    Decode<BFloat16>(q, k, v, marks, factor, out, lse).run();
   }
-  return out;
+  return {out, lse};
 }
 
 // Seconds for a pair of query and key on one thread while all are busy: forward and backward.

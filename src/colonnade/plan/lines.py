@@ -1,0 +1,21 @@
+"""A sequence laid out in lines as wide as the stride: blocks, and offsets inside them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor
+
+from colonnade.shapes import Positions
+
+Length = TypeVar("Length", int, Tensor)
+
+
+def num_blocks(seq_len: Length, stride: int) -> Length:
+    """Blocks of a sequence, a short last one included: rows of it laid out `stride` wide."""
+    return -(-seq_len // stride)
+
+
+def block_and_offset(positions: Positions, stride: int) -> tuple[Positions, Positions]:
+    """(block, offset in the block): row and column of the sequence laid out `stride` wide."""
+    return positions // stride, positions % stride
