@@ -15,10 +15,12 @@ from torch import Tensor
 
 import colonnade
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
-from colonnade.cache import GROWTH
 from colonnade.backends import native
-from colonnade.ops.attention import attention_reduced
-from colonnade.ops.heads import Patterns, runs_of_heads
+from colonnade.backends.call import Kept
+from colonnade.backends.choice import run
+from colonnade.cache import GROWTH
+from colonnade.ops.check import make_call
+from colonnade.ops.heads import Patterns, head_groups
 from tests.cases import EXAMPLES, mask_of
 from tests.oracle import fixed_set, loop_attention
 
@@ -49,7 +51,7 @@ def _whole(pattern: Patterns, query: Tensor, key: Tensor, value: Tensor, first: 
     """The oracle over the whole sequence, from query `first` on, run of heads by run of heads."""
     group, scale = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
     outs = []
-    for each, begin, stop in runs_of_heads(pattern, key.shape[1]):
+    for each, begin, stop in head_groups(pattern, key.shape[1]):
         mask = mask_of(each, key.shape[2], stop - begin)
         q, k, v = query[:, begin * group : stop * group], key[:, begin:stop], value[:, begin:stop]
         outs.append(loop_attention(q[:, :, first:], k, v, mask[:, first:], scale)[0])
@@ -149,7 +151,8 @@ def test_every_backend_takes_reduced_blocks(backend: str, part: Any, q_len: int)
         )
         k, v = (torch.stack([t[:, h, kept[h]] for h in range(3)], 1) for t in (key, value))
         q = query[:, :, 23 - q_len :]
-        found = attention_reduced(q, k, v, pattern, reduced, backend=backend)
+        call = make_call(q, pattern, keys=Kept(reduced))
+        found, _ = run(q, k, v, call, backend)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6
         torch.testing.assert_close(found, whole[:, :, 23 - q_len :], rtol=0, atol=tolerance)
 
@@ -367,7 +370,7 @@ def test_modes_may_change_on_the_way() -> None:
 def perhaps_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token as C++ computes it, where that runs, and as PyTorch does."""
     if request.param == "without native":
-        monkeypatch.setattr(native, "decodes", lambda *_: False)
+        monkeypatch.setattr(native, "reason_declined", lambda *_: "is switched off")
 
 
 @pytest.mark.usefixtures("perhaps_native")

@@ -41,6 +41,7 @@ CuSeqlens: TypeAlias = Int[Tensor, " documents_and_1"]
 
 Mask: TypeAlias = Bool[Tensor, "heads q_len kv_len"]
 KeptMask: TypeAlias = Bool[Tensor, "batch kv_heads kept"]
+SeenMask: TypeAlias = Bool[Tensor, "#batch kv_heads #q_len kv_len"]
 Positions: TypeAlias = Int[Tensor, "..."]
 
 Gather: TypeAlias = Int[Tensor, "kv_heads slots"]
@@ -69,6 +70,7 @@ __all__ = [
     "Positions",
     "Query",
     "Rotary",
+    "SeenMask",
     "Shift",
     "Table",
     "Value",

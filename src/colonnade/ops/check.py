@@ -1,4 +1,4 @@
-"""What a caller may get wrong: each mistake is met here, with its rule and its values."""
+"""Checks of the arguments: each mistake is met here, with its rule and its values."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 import torch
 from torch import Tensor
 
+from colonnade.backends.call import Call, Keys, Whole
 from colonnade.backends.tracing.autocast import AUTOCAST_DTYPES
-from colonnade.backends.call import Request
 from colonnade.pattern import HasMask, Pattern
 
 DTYPES = (torch.float64, *AUTOCAST_DTYPES)
+WHOLE = Whole()
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -95,7 +96,7 @@ def _of(attribute: str, query: Tensor, key: Tensor, value: Tensor) -> str:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    """Refuse anything but a row of integers; what they say is checked by `document_lengths`."""
+    """Refuse anything but a row of integers; `documents_of` checks the numbers in it."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got a {type(cu_seqlens).__name__}.")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -108,16 +109,29 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> None:
         )
 
 
-def make_request(
+def check_padding(padding_mask: Tensor | None, name: str, shape: tuple[int, int]) -> None:
+    """Refuse anything but None and a bool mask [batch, seq_len] of the tensor of that name."""
+    if padding_mask is None:
+        return
+    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
+        found = getattr(padding_mask, "dtype", type(padding_mask).__name__)
+        raise TypeError(f"padding_mask must be a bool tensor, True at tokens, got {found}.")
+    if padding_mask.shape != shape:
+        raise ValueError(
+            f"padding_mask must be [batch, seq_len] of {name}, here {tuple(shape)}, got "
+            f"padding_mask.shape={tuple(padding_mask.shape)}."
+        )
+
+
+def make_call(
     query: Tensor,
     pattern: HasMask,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = True,
-    cu_seqlens: Tensor | None = None,
-    reduced: int = 0,
-) -> Request:
-    """The options of a call, checked, and the scale filled in."""
+    keys: Keys = WHOLE,
+) -> Call:
+    """Check the options of a call, and fill in the scale."""
     # A Protocol asks for every method by name: slow, so what everybody passes goes first.
     if not isinstance(pattern, Pattern) and (
         isinstance(pattern, type) or not isinstance(pattern, HasMask)
@@ -131,7 +145,7 @@ def make_request(
         scale = 1 / math.sqrt(query.shape[-1])
     check_finite("scale", scale)
     check_probability("dropout_p", dropout_p)
-    return Request(pattern, float(scale), float(dropout_p), return_lse, cu_seqlens, reduced)
+    return Call(pattern, float(scale), float(dropout_p), return_lse, keys)
 
 
 def check_finite(name: str, number: float) -> None:

@@ -79,7 +79,7 @@ def table_rows(table: Table) -> list[Row]:
     return [Row(*line) for line in table.tolist()]
 
 
-def head_groups(pattern: FixedPattern, num_kv_heads: int) -> list[range]:
+def heads_by_plan(pattern: FixedPattern, num_kv_heads: int) -> list[range]:
     """The key heads that one plan serves: all, or bidirectionally those of one sub-block.
 
     A short last block holds different numbers of summaries for different sub-blocks. Where the
@@ -101,8 +101,8 @@ def fixed_plan(
     """The plan of a `FixedPattern` for the last `q_len` of `kv_len` keys.
 
     Rows are the blocks that hold a query; the first row may start mid-block. `heads` is one of
-    `head_groups`. Of the first `reduced` blocks the keys are the summaries alone, and no query lies
-    there.
+    `heads_by_plan`. Of the first `reduced` blocks the keys hold only the summaries, and no query
+    lies there.
     """
     dropped = reduced * (pattern.stride - pattern.summary)
     blocks = num_blocks(kv_len + dropped, pattern.stride)

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colonnade.backends.call import Call, Packed
+from colonnade.backends.documents import by_documents
+from colonnade.backends.eager.dropout import Dropout, draw_seed
 from colonnade.backends.tracing import fake
 from colonnade.backends.tracing.autocast import without_autocast
-from colonnade.backends.eager.dropout import Dropout, draw_seed
-from colonnade.backends.call import Request, by_documents
 from colonnade.pattern import LocalPattern, Part, StridedPattern
 from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -37,19 +38,26 @@ Reads = Literal["window"] | Part
 """The parts of a strided pattern, or a window alone. As printed, "local" reads one key more."""
 
 
-def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
+def attend(
+    query: Query, key: Key, value: Value, pattern: StridedPattern | LocalPattern, call: Call
+) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over windows and columns, and the log of its denominator."""
-    pattern, dropout_p = request.pattern, request.dropout_p
-    width: int
     reads: Reads
     if isinstance(pattern, StridedPattern):
         width, reads = pattern.stride, pattern.part
     else:
-        assert isinstance(pattern, LocalPattern)
         width, reads = pattern.window, "window"
-    seed = draw_seed(dropout_p)
-    documents = request.cu_seqlens
-    out, lse = _forward(query, key, value, width, reads, request.scale, dropout_p, seed, documents)
+    out, lse = _forward(
+        query,
+        key,
+        value,
+        width,
+        reads,
+        call.scale,
+        call.dropout_p,
+        draw_seed(call.dropout_p),
+        call.keys.cu_seqlens if isinstance(call.keys, Packed) else None,
+    )
     return out, lse
 
 

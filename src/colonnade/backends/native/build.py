@@ -34,7 +34,7 @@ class BuildError(Exception):
     """Why there is no library, in a clause that may follow a name."""
 
 
-def unusable(build: bool = True) -> str | None:
+def reason_unusable(build: bool = True) -> str | None:
     """Why the C++ operations cannot be called in this process, as a clause; None: they can.
 
     Builds them at the first call where they are not built yet, unless told not to `build`. What it
