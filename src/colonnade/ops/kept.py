@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 def attend_kept(
     query: Query,
-    entries: Sequence[tuple[Key, Value]],
+    entries: Sequence[tuple[Tensor, Tensor]],
     layout: Layout,
     call: Call,
     backend: str = "auto",
@@ -67,7 +67,8 @@ def attend_kept(
         for pair, kept in zip(entries, layout.groups, strict=True)
     ]
     lses = [lse for _, lse in found if lse is not None]
-    return join_heads([out for out, _ in found]), join_heads(lses) if lses else None
+    lse = join_heads(lses) if call.return_lse else None
+    return join_heads([out for out, _ in found]), lse
 
 
 def _attend_heads(
