@@ -173,8 +173,8 @@ def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             value = getattr(of_layer, setting, None)
             if value:
                 raise NotImplementedError(
-                    f"a fixed pattern cannot have {meaning}, got {setting}={value!r} for {name}. Set "
-                    f"model.config.{setting}=None if the model can do without."
+                    f"a fixed pattern cannot have {meaning}, got {setting}={value!r} for {name}. "
+                    f"Set model.config.{setting}=None if the model can do without."
                 )
     other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if other:
