@@ -20,17 +20,16 @@ constexpr int64_t kQueryStep = 2 * kStep;
 template <typename T, typename Op>
 class Backward {
  public:
-  Backward(
-      const Problem& problem, const at::Tensor& query, const at::Tensor& key,
-      const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
-      const at::Tensor& grad_out, const at::Tensor& grad_lse, const at::Tensor& grad_query,
-      const at::Tensor& grad_key, const at::Tensor& grad_value)
-      : problem_(problem), query_(query), key_(key), value_(value), out_(out),
-        grad_out_(grad_out), grad_query_(grad_query), grad_key_(grad_key),
-        grad_value_(grad_value), lse_(lse.const_data_ptr<float>()),
-        grad_lse_(grad_lse.const_data_ptr<float>()), qk_width_(padded<Op>(problem.qk_dim)),
-        v_width_(padded<Op>(problem.v_dim)), num_granules_(problem.granules.size()),
-        heads_(problem.batch * problem.kv_heads), granules_(heads_ * num_granules_ * granule_size()) {
+  Backward(const Problem& problem, const at::Tensor& query, const at::Tensor& key,
+           const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
+           const at::Tensor& grad_out, const at::Tensor& grad_lse, const at::Tensor& grad_query,
+           const at::Tensor& grad_key, const at::Tensor& grad_value)
+      : problem_(problem), query_(query), key_(key), value_(value), out_(out), grad_out_(grad_out),
+        grad_query_(grad_query), grad_key_(grad_key), grad_value_(grad_value),
+        lse_(lse.const_data_ptr<float>()), grad_lse_(grad_lse.const_data_ptr<float>()),
+        qk_width_(padded<Op>(problem.qk_dim)), v_width_(padded<Op>(problem.v_dim)),
+        num_granules_(problem.granules.size()), heads_(problem.batch * problem.kv_heads),
+        granules_(heads_ * num_granules_ * granule_size()) {
     for (const Row& row : problem.rows) longest_ = std::max(longest_, row.num_own());
     cut();
     slot_grads_ = Buffer<float>(heads_ * num_parts() * problem.slots * (qk_width_ + v_width_));
@@ -41,9 +40,9 @@ class Backward {
     share_out(heads_ * num_granules_, [] { return 0; }, [&](int64_t index, int) {
       const int64_t head = index / num_granules_ % problem_.kv_heads;
       const int64_t slot = problem_.granules[index % num_granules_];
-      pack(index / num_granules_, kGranule,
-           [&](int64_t i) { return problem_.key_position(head, slot + i); },
-           granules_.get() + index * granule_size());
+      pack(index / num_granules_, kGranule, [&](int64_t i) {
+        return problem_.key_position(head, slot + i);
+      }, granules_.get() + index * granule_size());
     }, [] {});
     const int64_t parts = num_parts();
     share_out(heads_ * parts, make, [&](int64_t index, Scratch& scratch) {
@@ -73,11 +72,11 @@ class Backward {
           grads_paired(kPair<Op> == 2 ? kQueries * b.v_width_ : 0), granule(b.granule_size()),
           weights(kPair<Op> == 2 ? kGranule * kQueries : 0),
           score_grads(kPair<Op> == 2 ? kGranule * kQueries : 0),
-          score_grads_paired(kPair<Op> == 2 ? kGranule * kQueries : 0),
-          lse(kQueries), delta(kQueries), scores(kGranule * kQueries),
-          weight_grads(kGranule * kQueries), query_grads(b.qk_width_ * kQueries),
-          key_grads(kGranule * b.qk_width_), value_grads(kGranule * b.v_width_),
-          own_key_grads(b.longest_ * b.qk_width_), own_value_grads(b.longest_ * b.v_width_) {}
+          score_grads_paired(kPair<Op> == 2 ? kGranule * kQueries : 0), lse(kQueries),
+          delta(kQueries), scores(kGranule * kQueries), weight_grads(kGranule * kQueries),
+          query_grads(b.qk_width_ * kQueries), key_grads(kGranule * b.qk_width_),
+          value_grads(kGranule * b.v_width_), own_key_grads(b.longest_ * b.qk_width_),
+          own_value_grads(b.longest_ * b.v_width_) {}
     Buffer<Op> queries, grads, queries_across, grads_across, queries_paired, grads_paired, granule,
         weights, score_grads, score_grads_paired;
     Buffer<float> lse, delta, scores, weight_grads, query_grads, key_grads, value_grads,
@@ -96,7 +95,8 @@ class Backward {
     };
     double total = 0;
     for (const Row& row : rows) total += cost(row);
-    const int64_t wanted = std::clamp<int64_t>((kUnits + heads_ - 1) / std::max<int64_t>(heads_, 1), 1, kMostParts);
+    const int64_t wanted =
+        std::clamp<int64_t>((kUnits + heads_ - 1) / std::max<int64_t>(heads_, 1), 1, kMostParts);
     double done = 0;
     int64_t begin = 0;
     for (int64_t row = 0; row < static_cast<int64_t>(rows.size()); ++row) {
@@ -152,8 +152,8 @@ class Backward {
     const int64_t rounded = round_up(count, kStep);
     Op* values = to + kGranule * qk_width_;
     Op* columns = values + kGranule * v_width_;
-    copy_rows(count, [&](int64_t i) { return key_.row(batch, head, position(i)); },
-              problem_.qk_dim, qk_width_, to);
+    copy_rows(count, [&](int64_t i) { return key_.row(batch, head, position(i)); }, problem_.qk_dim,
+              qk_width_, to);
     copy_rows(count, [&](int64_t i) { return value_.row(batch, head, position(i)); },
               problem_.v_dim, v_width_, values);
     if constexpr (kPair<Op> == 1) {
@@ -171,8 +171,8 @@ class Backward {
   static void transpose_some(const Op* rows, int64_t count, int64_t width, Op* to) {
     const auto* words = reinterpret_cast<const float*>(rows);
     for (int64_t i = 0; i < count; i += kStep) {
-      at::vec::transpose_mxn<float, kStep, kStep>(
-          words + i * (width / 2), width / 2, reinterpret_cast<float*>(to) + i, kGranule);
+      at::vec::transpose_mxn<float, kStep, kStep>(words + i * (width / 2), width / 2,
+                                                  reinterpret_cast<float*>(to) + i, kGranule);
     }
   }
 
@@ -187,7 +187,8 @@ class Backward {
     for (int64_t index = part.row_begin; index < part.row_end; ++index) {
       const Row& row = problem_.rows[index];
       clear(scratch.own_key_grads.get(), scratch.own_key_grads.get() + row.num_own() * qk_width_);
-      clear(scratch.own_value_grads.get(), scratch.own_value_grads.get() + row.num_own() * v_width_);
+      clear(scratch.own_value_grads.get(),
+            scratch.own_value_grads.get() + row.num_own() * v_width_);
       const int64_t length = row.q_end - row.q_begin;
       for (int64_t first = 0; first < length; first += kQueries) {
         const Piece piece = problem_.piece(index, head, first, std::min(kQueries, length - first));
@@ -199,9 +200,8 @@ class Backward {
     }
   }
 
-  void differentiate(
-      int64_t batch, int64_t head, int64_t q_head, int64_t part, const Piece& piece,
-      Scratch& scratch) {
+  void differentiate(int64_t batch, int64_t head, int64_t q_head, int64_t part, const Piece& piece,
+                     Scratch& scratch) {
     const Row& row = problem_.rows[piece.row];
     const int64_t batch_head = batch * problem_.kv_heads + head;
     const int64_t queries = round_up(piece.num_queries, kQueryStep);
@@ -209,9 +209,9 @@ class Backward {
     const int64_t fresh = piece.visible(piece.num_queries - 1);
     for (int64_t first = 0; first < fresh; first += kGranule) {
       const int64_t count = std::min(kGranule, fresh - first);
-      pack(batch_head, count,
-           [&](int64_t i) { return problem_.fresh_position(row, head, piece, first + i); },
-           scratch.granule.get());
+      pack(batch_head, count, [&](int64_t i) {
+        return problem_.fresh_position(row, head, piece, first + i);
+      }, scratch.granule.get());
       granule(piece, queries, first, count, scratch.granule.get(), scratch.key_grads.get(),
               scratch.value_grads.get(), false, scratch);
       for (int64_t i = 0; i < count; ++i) {
@@ -237,9 +237,8 @@ class Backward {
 
   static constexpr int64_t kAllVisible = -1;
 
-  void begin(
-      int64_t batch, int64_t q_head, const Row& row, const Piece& piece, int64_t queries,
-      Scratch& scratch) {
+  void begin(int64_t batch, int64_t q_head, const Row& row, const Piece& piece, int64_t queries,
+             Scratch& scratch) {
     float* delta = scratch.delta.get();
     float* lse = scratch.lse.get();
     const int64_t first = row.q_begin + piece.first_query;
@@ -273,19 +272,21 @@ class Backward {
       std::fill_n(scratch.queries.get() + i * qk_width_, qk_width_, Op(0));
       std::fill_n(scratch.grads.get() + i * v_width_, v_width_, Op(0));
     }
-    pack_transposed(scratch.queries.get(), queries, qk_width_, scratch.queries_across.get(), kQueries);
+    pack_transposed(scratch.queries.get(), queries, qk_width_, scratch.queries_across.get(),
+                    kQueries);
     pack_transposed(scratch.grads.get(), queries, v_width_, scratch.grads_across.get(), kQueries);
     if constexpr (kPair<Op> == 2) {
-      pack_pairs(scratch.queries.get(), queries, qk_width_, qk_width_, scratch.queries_paired.get(), qk_width_);
-      pack_pairs(scratch.grads.get(), queries, v_width_, v_width_, scratch.grads_paired.get(), v_width_);
+      pack_pairs(scratch.queries.get(), queries, qk_width_, qk_width_, scratch.queries_paired.get(),
+                 qk_width_);
+      pack_pairs(scratch.grads.get(), queries, v_width_, v_width_, scratch.grads_paired.get(),
+                 v_width_);
     }
     std::fill_n(scratch.query_grads.get(), qk_width_ * kQueries, 0.0f);
   }
 
   // The five products of a granule of keys and the queries of a piece.
-  void granule(
-      const Piece& piece, int64_t queries, int64_t first_fresh, int64_t count, const Op* packed,
-      float* key_grads, float* value_grads, bool add, Scratch& scratch) {
+  void granule(const Piece& piece, int64_t queries, int64_t first_fresh, int64_t count,
+               const Op* packed, float* key_grads, float* value_grads, bool add, Scratch& scratch) {
     const Op* keys = packed;
     const Op* values = keys + kGranule * qk_width_;
     const Op* columns = values + kGranule * v_width_;
@@ -296,9 +297,11 @@ class Backward {
     float* scores = scratch.scores.get();
     float* weight_grads = scratch.weight_grads.get();
     multiply(rows, across, qk_width_, keys, qk_width_,
-             scratch.queries_across.get() + begin * kPair<Op>, kQueries, scores + begin, kQueries, false);
+             scratch.queries_across.get() + begin * kPair<Op>, kQueries, scores + begin, kQueries,
+             false);
     multiply(rows, across, v_width_, values, v_width_,
-             scratch.grads_across.get() + begin * kPair<Op>, kQueries, weight_grads + begin, kQueries, false);
+             scratch.grads_across.get() + begin * kPair<Op>, kQueries, weight_grads + begin,
+             kQueries, false);
     Op *weights, *score_grads, *score_grads_paired;
     const Op *of_queries, *of_grads;
     if constexpr (kPair<Op> == 1) {
@@ -315,15 +318,17 @@ class Backward {
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t seen_from = i >= count ? queries
-          : first_fresh == kAllVisible ? 0 : std::min(piece.first_to_see(first_fresh + i), queries);
+          : first_fresh == kAllVisible     ? 0
+                                           : std::min(piece.first_to_see(first_fresh + i), queries);
       differentiate_row(scores + i * kQueries, weight_grads + i * kQueries, weights + i * kQueries,
                         score_grads + i * kQueries, begin, seen_from, queries, scratch);
     }
     if constexpr (kPair<Op> == 2) {
-      pack_pairs(score_grads + begin, rows, across, kQueries, score_grads_paired + begin * 2, kQueries);
+      pack_pairs(score_grads + begin, rows, across, kQueries, score_grads_paired + begin * 2,
+                 kQueries);
     }
-    multiply(rows, v_width_, across, weights + begin, kQueries, of_grads + begin * v_width_, v_width_,
-             value_grads, v_width_, add);
+    multiply(rows, v_width_, across, weights + begin, kQueries, of_grads + begin * v_width_,
+             v_width_, value_grads, v_width_, add);
     multiply(rows, qk_width_, across, score_grads + begin, kQueries, of_queries + begin * qk_width_,
              qk_width_, key_grads, qk_width_, add);
     multiply(qk_width_, across, rows, columns, kGranule, score_grads_paired + begin * kPair<Op>,
@@ -331,9 +336,9 @@ class Backward {
   }
 
   // P = e^(scale·s - lse) and dS = P (dP - delta) of one key, for the queries that see it.
-  void differentiate_row(
-      const float* scores, const float* weight_grads, Op* weights, Op* score_grads, int64_t begin,
-      int64_t seen_from, int64_t end, const Scratch& scratch) const {
+  void differentiate_row(const float* scores, const float* weight_grads, Op* weights,
+                         Op* score_grads, int64_t begin, int64_t seen_from, int64_t end,
+                         const Scratch& scratch) const {
     const Vec nothing(0.0f), by(problem_.scale);
     int64_t i = begin;
     for (; i + 2 * kLanes <= seen_from; i += 2 * kLanes) {
@@ -346,8 +351,8 @@ class Backward {
         const int64_t at = i + half * kLanes;
         weight[half] = fast_exp<Op>(
             at::vec::fmsub(Vec::loadu(scores + at), by, Vec::loadu(scratch.lse.get() + at)));
-        grad[half] = weight[half] *
-            (Vec::loadu(weight_grads + at) - Vec::loadu(scratch.delta.get() + at));
+        grad[half] =
+            weight[half] * (Vec::loadu(weight_grads + at) - Vec::loadu(scratch.delta.get() + at));
         if (at < seen_from) {
           const int64_t hidden = std::min(seen_from - at, kLanes);
           weight[half] = Vec::set(weight[half], nothing, hidden);
@@ -359,8 +364,7 @@ class Backward {
     }
   }
 
-  void finish(
-      int64_t batch, int64_t q_head, const Row& row, const Piece& piece, Scratch& scratch) {
+  void finish(int64_t batch, int64_t q_head, const Row& row, const Piece& piece, Scratch& scratch) {
     alignas(64) float block[kStep * kStep];
     for (int64_t first = 0; first < piece.num_queries; first += kStep) {
       for (int64_t j = 0; j < qk_width_; j += kStep) {
@@ -384,7 +388,8 @@ class Backward {
     const auto [begin, end] = own_slots(row, head);
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t own = problem_.own_from_slots
-          ? slot - begin : problem_.key_position(head, slot) - row.own_begin;
+          ? slot - begin
+          : problem_.key_position(head, slot) - row.own_begin;
       // A key that several slots hold is added to the first one.
       if (!problem_.own_from_slots && slot > begin &&
           problem_.key_position(head, slot) == problem_.key_position(head, slot - 1)) {

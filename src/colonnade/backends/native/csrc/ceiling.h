@@ -18,8 +18,8 @@ class Ceiling {
   double forward(double seconds) const {
     return measure(kTileQueries * kTileKeys, seconds, [&](const Operands& o) {
       for (int64_t j = 0; j < kTileKeys; j += kGranule) {
-        multiply(kTileQueries, kGranule, qk_width_, o.left.get(), qk_width_, o.right.get(), kGranule,
-                 o.result.get() + j, kTileKeys, false);
+        multiply(kTileQueries, kGranule, qk_width_, o.left.get(), qk_width_, o.right.get(),
+                 kGranule, o.result.get() + j, kTileKeys, false);
       }
       exponentials(kTileQueries * kTileKeys, o);
       multiply(kTileQueries, v_width_, kTileKeys, o.left.get(), kTileKeys, o.right.get(), v_width_,

@@ -1,7 +1,7 @@
 // A decoder's step: one query of each head over keys that lie as a cache keeps them.
 //
-// Memory sets the pace. So nothing is packed: keys and values are read once, where they are, for all
-// queries of a group.
+// Memory sets the pace. So nothing is packed: keys and values are read once, where they are, for
+// all queries of a group.
 #pragma once
 
 #include "forward.h"
@@ -10,8 +10,8 @@ namespace colonnade {
 
 // Keys of one head that one thread takes, whatever the number of threads is.
 constexpr int64_t kRunKeys = 256;
-// Keys whose weights are computed together: they are still in the first cache when their values, and
-// the next query of the group, come to be read.
+// Keys whose weights are computed together: they are still in the first cache when their values,
+// and the next query of the group, come to be read.
 constexpr int64_t kFewKeys = 64;
 // So few numbers are read sooner than a second thread has woken up.
 constexpr int64_t kAlone = 1 << 15;
@@ -25,8 +25,8 @@ std::tuple<Vec, Vec> load_two(const T* from, int64_t count) {
     return {Vec::loadu(from), Vec::loadu(from + kLanes, count - kLanes)};
   } else {
     using Half = at::vec::Vectorized<T>;
-    return at::vec::convert_to_float<T>(
-        count >= 2 * kLanes ? Half::loadu(from) : Half::loadu(from, count));
+    return at::vec::convert_to_float<T>(count >= 2 * kLanes ? Half::loadu(from)
+                                                            : Half::loadu(from, count));
   }
 }
 
@@ -34,14 +34,14 @@ template <typename T>
 class Decode {
  public:
   // `reads` is [batch, kv_heads, length], row by row, or null: everything is read.
-  Decode(
-      const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const bool* reads,
-      float scale, const at::Tensor& out, const at::Tensor& lse)
+  Decode(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const bool* reads,
+         float scale, const at::Tensor& out, const at::Tensor& lse)
       : batch_(key.size(0)), kv_heads_(key.size(1)), group_(query.size(1) / kv_heads_),
         length_(key.size(2)), qk_dim_(query.size(3)), v_dim_(value.size(3)),
         qk_width_(round_up(qk_dim_, 2 * kLanes)), v_width_(round_up(v_dim_, 2 * kLanes)),
         runs_((length_ + kRunKeys - 1) / kRunKeys), key_(key), value_(value), out_(out),
-        lse_(lse.data_ptr<float>()), reads_(reads), queries_(batch_ * kv_heads_ * group_ * qk_width_),
+        lse_(lse.data_ptr<float>()), reads_(reads),
+        queries_(batch_ * kv_heads_ * group_ * qk_width_),
         peaks_(batch_ * kv_heads_ * runs_ * group_), totals_(batch_ * kv_heads_ * runs_ * group_),
         sums_(batch_ * kv_heads_ * runs_ * group_ * v_width_) {
     const View<T> rows(query);
@@ -87,11 +87,10 @@ class Decode {
     std::fill_n(totals, group_, 0.0f);
     std::fill_n(sums, group_ * v_width_, 0.0f);
     for (int64_t first = begin; first < end; first += kFewKeys) {
-      const Few keys{
-          key_.row(head / kv_heads_, head % kv_heads_, first),
-          value_.row(head / kv_heads_, head % kv_heads_, first),
-          reads_ == nullptr ? nullptr : reads_ + head * length_ + first,
-          std::min(kFewKeys, end - first)};
+      const Few keys{key_.row(head / kv_heads_, head % kv_heads_, first),
+                     value_.row(head / kv_heads_, head % kv_heads_, first),
+                     reads_ == nullptr ? nullptr : reads_ + head * length_ + first,
+                     std::min(kFewKeys, end - first)};
       by_few_queries([&]<int64_t N>(int64_t g) {
         score<N>(queries + g * qk_width_, keys, scores + g * kFewKeys);
       });
@@ -132,8 +131,10 @@ class Decode {
         }
       }
       for (int64_t n = 0; n < N; ++n) {
-        scores[n * kFewKeys + i] = keys.skips(i) ? -kInfinity : at::vec::vec_reduce_all<float>(
-            [](const Vec& x, const Vec& y) { return x + y; }, one[n] + two[n]);
+        scores[n * kFewKeys + i] = keys.skips(i)
+            ? -kInfinity
+            : at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return x + y; },
+                                             one[n] + two[n]);
       }
     }
   }
@@ -179,7 +180,8 @@ class Decode {
         if (of_run == -kInfinity) continue;
         const float factor = std::exp(of_run - peak);
         total += factor * totals_.get()[at(run)];
-        store_row(sums_.get() + at(run) * v_width_, v_width_, factor, sums_.get() + at(run) * v_width_);
+        store_row(sums_.get() + at(run) * v_width_, v_width_, factor,
+                  sums_.get() + at(run) * v_width_);
         add_row(sums_.get() + at(run) * v_width_, v_width_, sum.get());
       }
       T* out = out_.row(head / kv_heads_, head % kv_heads_ * group_ + g, 0);

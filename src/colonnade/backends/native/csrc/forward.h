@@ -1,4 +1,5 @@
-// The forward: tiles of scores, one online softmax over a row's fresh keys and its granules of slots.
+// The forward: tiles of scores, one online softmax over a row's fresh keys and its granules of
+// slots.
 #pragma once
 
 #include "operands.h"
@@ -15,9 +16,8 @@ constexpr float kSlack = 8.0f;
 // Weights of one query over `width` scores, of which it sees the first `live`; peak and total are
 // those of the scores before, `accumulated` what they have added up to.
 template <typename Op>
-void weigh_row(
-    float* scores, Op* weights, int64_t live, int64_t width, float factor, float& peak,
-    float& total, float* accumulated, int64_t accumulated_width) {
+void weigh_row(float* scores, Op* weights, int64_t live, int64_t width, float factor, float& peak,
+               float& total, float* accumulated, int64_t accumulated_width) {
   const Vec nothing(0.0f), low(-kInfinity);
   float top = -kInfinity;
   int64_t j = 0;
@@ -31,9 +31,9 @@ void weigh_row(
       const Vec last = Vec::loadu(scores + j);
       one = at::vec::maximum(one, live - j < kLanes ? Vec::set(low, last, live - j) : last);
     }
-    top = factor * at::vec::vec_reduce_all<float>(
-        [](const Vec& x, const Vec& y) { return at::vec::maximum(x, y); },
-        at::vec::maximum(one, two));
+    top = factor * at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) {
+      return at::vec::maximum(x, y);
+    }, at::vec::maximum(one, two));
   }
   // Written so that NaN passes.
   if (!(top <= peak + kSlack)) {
@@ -66,24 +66,23 @@ void weigh_row(
     sum_two = sum_two + two;
     store_weights<Op>(one, two, weights + j);
   }
-  total += at::vec::vec_reduce_all<float>(
-      [](const Vec& x, const Vec& y) { return x + y; }, sum_one + sum_two);
+  total += at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return x + y; },
+                                          sum_one + sum_two);
 }
 
 template <typename T, typename Op>
 class Forward {
  public:
-  Forward(
-      const Problem& problem, const at::Tensor& query, const at::Tensor& key,
-      const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse)
+  Forward(const Problem& problem, const at::Tensor& query, const at::Tensor& key,
+          const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse)
       : problem_(problem), query_(query), key_(key), value_(value), out_(out),
         lse_(lse.mutable_data_ptr<float>()), qk_width_(padded<Op>(problem.qk_dim)),
         v_width_(padded<Op>(problem.v_dim)), num_granules_(problem.granules.size()),
         packed_keys_(problem.batch * problem.kv_heads * num_granules_ * kGranule * qk_width_),
         packed_values_(problem.batch * problem.kv_heads * num_granules_ * kGranule * v_width_) {
     // Query tiles of one head and of its group share packed keys; their state has to fit a cache.
-    queries_ = std::clamp<int64_t>(
-        1024 / problem.group / kTileQueries * kTileQueries, kTileQueries, kQueries);
+    queries_ = std::clamp<int64_t>(1024 / problem.group / kTileQueries * kTileQueries, kTileQueries,
+                                   kQueries);
     for (int64_t row = 0; row < static_cast<int64_t>(problem.rows.size()); ++row) {
       const int64_t length = problem.rows[row].q_end - problem.rows[row].q_begin;
       for (int64_t first = 0; first < length; first += queries_) {
@@ -114,8 +113,7 @@ class Forward {
     explicit Scratch(const Forward& f)
         : rows(kGranule * std::max(f.qk_width_, f.v_width_)), keys(kTileKeys * f.qk_width_),
           values(kTileKeys * f.v_width_), queries(f.stacked() * f.qk_width_),
-          scores(kTileQueries * kTileKeys),
-          weights(kPair<Op> == 2 ? kTileQueries * kTileKeys : 0),
+          scores(kTileQueries * kTileKeys), weights(kPair<Op> == 2 ? kTileQueries * kTileKeys : 0),
           accumulated(f.stacked() * f.v_width_), peak(f.stacked()), total(f.stacked()),
           started(f.problem_.group * f.queries_ / kTileQueries) {}
     Buffer<Op> rows, keys, values, queries;
@@ -129,12 +127,11 @@ class Forward {
 
   // Up to kGranule keys and values, at the positions that `position` gives, zeros behind them.
   template <typename Position>
-  void pack(
-      int64_t batch, int64_t head, int64_t count, const Position& position, Op* rows, Op* keys,
-      Op* values) const {
+  void pack(int64_t batch, int64_t head, int64_t count, const Position& position, Op* rows,
+            Op* keys, Op* values) const {
     const int64_t rounded = round_up(count, kStep);
-    copy_rows(count, [&](int64_t i) { return key_.row(batch, head, position(i)); },
-              problem_.qk_dim, qk_width_, rows);
+    copy_rows(count, [&](int64_t i) { return key_.row(batch, head, position(i)); }, problem_.qk_dim,
+              qk_width_, rows);
     pack_transposed(rows, rounded, qk_width_, keys, kGranule);
     copy_rows(count, [&](int64_t i) { return value_.row(batch, head, position(i)); },
               problem_.v_dim, v_width_, rows);
@@ -144,26 +141,26 @@ class Forward {
   void pack_granule(int64_t batch_head, int64_t granule, Scratch& scratch) {
     const int64_t batch = batch_head / problem_.kv_heads, head = batch_head % problem_.kv_heads;
     const int64_t at = (batch_head * num_granules_ + granule) * kGranule;
-    pack(batch, head, kGranule, [&](int64_t i) {
-      return problem_.key_position(head, problem_.granules[granule] + i);
-    }, scratch.rows.get(), packed_keys_.get() + at * qk_width_, packed_values_.get() + at * v_width_);
+    pack(batch, head, kGranule,
+         [&](int64_t i) { return problem_.key_position(head, problem_.granules[granule] + i); },
+         scratch.rows.get(), packed_keys_.get() + at * qk_width_,
+         packed_values_.get() + at * v_width_);
   }
 
   void attend(int64_t batch_head, const Piece& where, Scratch& scratch) {
     const int64_t batch = batch_head / problem_.kv_heads, head = batch_head % problem_.kv_heads;
     const Row& row = problem_.rows[where.row];
-    const Piece piece =
-        problem_.piece(where.row, head, where.first_query, where.num_queries);
+    const Piece piece = problem_.piece(where.row, head, where.first_query, where.num_queries);
     begin(batch, head, row, piece, scratch);
 
     const int64_t fresh = piece.visible(piece.num_queries - 1);
     for (int64_t first = 0; first < fresh; first += kTileKeys) {
       const int64_t count = std::min(kTileKeys, fresh - first);
       for (int64_t done = 0; done < count; done += kGranule) {
-        pack(batch, head, std::min(kGranule, count - done), [&](int64_t i) {
-          return problem_.fresh_position(row, head, piece, first + done + i);
-        }, scratch.rows.get(), scratch.keys.get() + done * qk_width_,
-            scratch.values.get() + done * v_width_);
+        pack(batch, head, std::min(kGranule, count - done),
+             [&](int64_t i) { return problem_.fresh_position(row, head, piece, first + done + i); },
+             scratch.rows.get(), scratch.keys.get() + done * qk_width_,
+             scratch.values.get() + done * v_width_);
       }
       tile(piece, scratch.keys.get(), scratch.values.get(), count, first, scratch);
     }
@@ -183,7 +180,8 @@ class Forward {
   void begin(int64_t batch, int64_t head, const Row& row, const Piece& piece, Scratch& scratch) {
     // The sign of the scale goes into the queries, so that the largest product is the largest
     // score; in float32 all of it does.
-    const float factor = kPair<Op> == 1 ? problem_.scale : float((problem_.scale > 0) - (problem_.scale < 0));
+    const float factor =
+        kPair<Op> == 1 ? problem_.scale : float((problem_.scale > 0) - (problem_.scale < 0));
     for (int64_t g = 0; g < problem_.group; ++g) {
       const int64_t q_head = head * problem_.group + g;
       copy_rows(piece.num_queries, [&](int64_t i) {
@@ -196,14 +194,14 @@ class Forward {
   }
 
   // One tile of keys for all queries of the piece. Fresh keys count from `first_fresh`.
-  void tile(
-      const Piece& piece, const Op* keys, const Op* values, int64_t count, int64_t first_fresh,
-      Scratch& scratch) {
+  void tile(const Piece& piece, const Op* keys, const Op* values, int64_t count,
+            int64_t first_fresh, Scratch& scratch) {
     const float factor = kPair<Op> == 1 ? 1.0f : std::abs(problem_.scale);
     float* scores = scratch.scores.get();
     const auto seen = [&](int64_t query) {
       return first_fresh == kAllVisible
-          ? count : std::clamp<int64_t>(piece.visible(query) - first_fresh, 0, count);
+          ? count
+          : std::clamp<int64_t>(piece.visible(query) - first_fresh, 0, count);
     };
     for (int64_t g = 0; g < problem_.group; ++g) {
       for (int64_t q = 0; q < piece.num_queries; q += kTileQueries) {
@@ -226,10 +224,9 @@ class Forward {
         float* accumulated = scratch.accumulated.get() + at * v_width_;
         bool& started = scratch.started.get()[at / kTileQueries];
         for (int64_t i = 0; i < queries; ++i) {
-          weigh_row<Op>(
-              scores + i * kTileKeys, weights + i * kTileKeys, seen(q + i), width, factor,
-              scratch.peak.get()[at + i], scratch.total.get()[at + i],
-              started ? accumulated + i * v_width_ : nullptr, v_width_);
+          weigh_row<Op>(scores + i * kTileKeys, weights + i * kTileKeys, seen(q + i), width, factor,
+                        scratch.peak.get()[at + i], scratch.total.get()[at + i],
+                        started ? accumulated + i * v_width_ : nullptr, v_width_);
         }
         multiply(rows, v_width_, width, weights, kTileKeys, values, v_width_, accumulated, v_width_,
                  started);

@@ -1,5 +1,5 @@
-// The operations colonnade::native_forward, native_backward and native_decode, and native_ceiling for
-// benchmarks; Python states their schemas.
+// The operations colonnade::native_forward, native_backward and native_decode, and native_ceiling
+// for benchmarks; Python states their schemas.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -28,25 +28,24 @@ void with_types(at::ScalarType type, const Run& run) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& gather, const at::Tensor& table, const at::Tensor& shift,
-    bool own_from_slots, double scale) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
+                                           const at::Tensor& value, const at::Tensor& gather,
+                                           const at::Tensor& table, const at::Tensor& shift,
+                                           bool own_from_slots, double scale) {
   const auto q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
   const Problem problem(q, k, v, gather, table, shift, own_from_slots, scale);
   auto out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   auto lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  with_types(q.scalar_type(), [&]<typename T, typename Op>() {
-    Forward<T, Op>(problem, q, k, v, out, lse).run();
-  });
+  with_types(q.scalar_type(),
+             [&]<typename T, typename Op>() { Forward<T, Op>(problem, q, k, v, out, lse).run(); });
   return {out, lse};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_out, const at::Tensor& grad_lse, const at::Tensor& query,
     const at::Tensor& key, const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
-    const at::Tensor& gather, const at::Tensor& table, const at::Tensor& shift,
-    bool own_from_slots, double scale) {
+    const at::Tensor& gather, const at::Tensor& table, const at::Tensor& shift, bool own_from_slots,
+    double scale) {
   const auto q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
   const auto g = rows_contiguous(grad_out), g_lse = grad_lse.contiguous();
   const Problem problem(q, k, v, gather, table, shift, own_from_slots, scale);
@@ -55,15 +54,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   auto grad_key = at::zeros(k.sizes(), k.options());
   auto grad_value = at::zeros(v.sizes(), v.options());
   with_types(q.scalar_type(), [&]<typename T, typename Op>() {
-    Backward<T, Op>(
-        problem, q, k, v, out, lse, g, g_lse, grad_query, grad_key, grad_value).run();
+    Backward<T, Op>(problem, q, k, v, out, lse, g, g_lse, grad_query, grad_key, grad_value).run();
   });
   return {grad_query, grad_key, grad_value};
 }
 
-std::tuple<at::Tensor, at::Tensor> decode(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const std::optional<at::Tensor>& reads, double scale) {
+std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& query, const at::Tensor& key,
+                                          const at::Tensor& value,
+                                          const std::optional<at::Tensor>& reads, double scale) {
   const auto q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
   auto out = at::empty({q.size(0), q.size(1), 1, v.size(3)}, q.options());
   auto lse = at::empty({q.size(0), q.size(1), 1}, q.options().dtype(at::kFloat));
@@ -79,8 +77,8 @@ std::tuple<at::Tensor, at::Tensor> decode(
 }
 
 // Seconds for a pair of query and key on one thread while all are busy: forward and backward.
-std::tuple<double, double> ceiling(
-    const at::Tensor& like, int64_t qk_dim, int64_t v_dim, double seconds) {
+std::tuple<double, double> ceiling(const at::Tensor& like, int64_t qk_dim, int64_t v_dim,
+                                   double seconds) {
   std::tuple<double, double> result;
   with_types(like.scalar_type(), [&]<typename T, typename Op>() {
     const Ceiling<Op> ceiling(qk_dim, v_dim);

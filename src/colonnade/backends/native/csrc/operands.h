@@ -43,9 +43,8 @@ class Buffer {
 
 // C (+)= A B: A is [m, k] row by row, B [k, n] as `pack_pairs` or `pack_transposed` leave it.
 template <typename Op>
-void multiply(
-    int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, const Op* b, int64_t ldb, float* c,
-    int64_t ldc, bool add) {
+void multiply(int64_t m, int64_t n, int64_t k, const Op* a, int64_t lda, const Op* b, int64_t ldb,
+              float* c, int64_t ldc, bool add) {
   blas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/kPair<Op> == 2);
 }
 
@@ -83,9 +82,8 @@ void fetch_row(const T* row, int64_t width) {
 // multiple of kStep. Where heads lie side by side, or rows are gathered, the processor does not
 // foresee which memory comes next.
 template <typename Op, typename Row>
-void copy_rows(
-    int64_t count, const Row& row, int64_t width, int64_t padded_width, Op* to,
-    float factor = 1.0f) {
+void copy_rows(int64_t count, const Row& row, int64_t width, int64_t padded_width, Op* to,
+               float factor = 1.0f) {
   for (int64_t i = 0; i < std::min(kAhead, count); ++i) fetch_row(row(i), width);
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) fetch_row(row(i + kAhead), width);
@@ -103,8 +101,8 @@ void pack_transposed(const Op* rows, int64_t count, int64_t width, Op* to, int64
   const int64_t across = width / kPair<Op>;
   for (int64_t i = 0; i < count; i += kStep) {
     for (int64_t j = 0; j < across; j += kStep) {
-      at::vec::transpose_mxn<float, kStep, kStep>(
-          words + i * across + j, across, out + j * ld + i, ld);
+      at::vec::transpose_mxn<float, kStep, kStep>(words + i * across + j, across, out + j * ld + i,
+                                                  ld);
     }
   }
 }
@@ -155,8 +153,8 @@ void store_row(const float* from, int64_t width, float factor, T* to) {
     for (; i + kLanes <= width; i += kLanes) (Vec::loadu(from + i) * by).store(to + i);
   } else {
     for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-      at::vec::convert_from_float<T>(
-          Vec::loadu(from + i) * by, Vec::loadu(from + i + kLanes) * by).store(to + i);
+      at::vec::convert_from_float<T>(Vec::loadu(from + i) * by, Vec::loadu(from + i + kLanes) * by)
+          .store(to + i);
     }
   }
   for (; i < width; ++i) to[i] = static_cast<T>(from[i] * factor);
@@ -179,13 +177,15 @@ float dot(const T* a, const T* b, int64_t width) {
       sum = at::vec::fmadd(a0, b0, at::vec::fmadd(a1, b1, sum));
     }
   }
-  float total = at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return x + y; }, sum);
+  float total =
+      at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return x + y; }, sum);
   for (; i < width; ++i) total += static_cast<float>(a[i]) * static_cast<float>(b[i]);
   return total;
 }
 
 inline void add_row(const float* from, int64_t width, float* to) {
-  for (int64_t i = 0; i < width; i += kLanes) (Vec::loadu(to + i) + Vec::loadu(from + i)).store(to + i);
+  for (int64_t i = 0; i < width; i += kLanes)
+    (Vec::loadu(to + i) + Vec::loadu(from + i)).store(to + i);
 }
 
 // e^x. Of NaN it may give anything: callers know of NaN by the largest score or the log-sum-exp.
@@ -225,7 +225,8 @@ inline bool paired_products_work() {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       float sum = 0;
-      for (int64_t k = 0; k < n; ++k) sum += float(rows.get()[i * n + k]) * float(rows.get()[k * n + j]);
+      for (int64_t k = 0; k < n; ++k)
+        sum += float(rows.get()[i * n + k]) * float(rows.get()[k * n + j]);
       if (result.get()[i * n + j] != sum) return false;
     }
   }

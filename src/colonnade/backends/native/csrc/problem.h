@@ -44,10 +44,8 @@ struct View {
   int64_t batch_stride, head_stride, length_stride;
 
   explicit View(const at::Tensor& tensor)
-      : data(const_cast<T*>(tensor.const_data_ptr<T>())),
-        batch_stride(tensor.stride(0)),
-        head_stride(tensor.stride(1)),
-        length_stride(tensor.stride(2)) {}
+      : data(const_cast<T*>(tensor.const_data_ptr<T>())), batch_stride(tensor.stride(0)),
+        head_stride(tensor.stride(1)), length_stride(tensor.stride(2)) {}
 
   T* row(int64_t batch, int64_t head, int64_t position) const {
     return data + batch * batch_stride + head * head_stride + position * length_stride;
@@ -55,15 +53,15 @@ struct View {
 };
 
 // Some queries of a row, and which of its keys they see. The keys that are no whole granule of
-// slots come first, the **fresh** keys: the slots left over, then the own keys. Query i of the piece
-// sees the first visible(i) of them, and every whole granule.
+// slots come first, the **fresh** keys: the slots left over, then the own keys. Query i of the
+// piece sees the first visible(i) of them, and every whole granule.
 struct Piece {
   int64_t row;
   int64_t first_query;  // counted from the row's first
   int64_t num_queries;
-  int64_t left_over;    // slots among the fresh keys
+  int64_t left_over;  // slots among the fresh keys
   int64_t num_own;
-  int64_t ahead;        // own keys that the first query sees, less one, before clamping
+  int64_t ahead;  // own keys that the first query sees, less one, before clamping
 
   int64_t visible(int64_t query) const {
     return left_over + std::clamp<int64_t>(query + 1 + ahead, 0, num_own);
@@ -85,15 +83,13 @@ struct Problem {
   std::vector<int64_t> granules;
   std::vector<int64_t> first_granule;
 
-  Problem(
-      const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-      const at::Tensor& gather_, const at::Tensor& table, const at::Tensor& shift_,
-      bool own_from_slots_, double scale_)
+  Problem(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+          const at::Tensor& gather_, const at::Tensor& table, const at::Tensor& shift_,
+          bool own_from_slots_, double scale_)
       : batch(query.size(0)), q_heads(query.size(1)), kv_heads(key.size(1)),
-        group(q_heads / kv_heads), q_len(query.size(2)), kv_len(key.size(2)),
-        qk_dim(query.size(3)), v_dim(value.size(3)), slots(gather_.size(1)),
-        gather(gather_.const_data_ptr<int64_t>()), own_from_slots(own_from_slots_),
-        scale(static_cast<float>(scale_)) {
+        group(q_heads / kv_heads), q_len(query.size(2)), kv_len(key.size(2)), qk_dim(query.size(3)),
+        v_dim(value.size(3)), slots(gather_.size(1)), gather(gather_.const_data_ptr<int64_t>()),
+        own_from_slots(own_from_slots_), scale(static_cast<float>(scale_)) {
     const auto* lines = table.const_data_ptr<int64_t>();
     for (int64_t line = 0; line < table.size(0); ++line, lines += 7) {
       rows.push_back({lines[0], lines[1], lines[2], lines[3], lines[4], lines[5], lines[6]});
@@ -121,8 +117,9 @@ struct Problem {
 
   Piece piece(int64_t row, int64_t head, int64_t first_query, int64_t num_queries) const {
     const Row& of = rows[row];
-    return {row, first_query, num_queries, of.num_slots() % kGranule, of.num_own(),
-            first_query + of.lead - shift[head]};
+    return {row,          first_query,
+            num_queries,  of.num_slots() % kGranule,
+            of.num_own(), first_query + of.lead - shift[head]};
   }
 
  private:
