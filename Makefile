@@ -28,6 +28,7 @@ OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 # itself never frees.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX ?= c++
+CPP_SOURCES := $(wildcard src/colonnade/backends/native/csrc/*)
 
 .PHONY: help install demo bench bench-short bench-packed bench-decoding test test-slow fuzz sanitize lint format clean
 
@@ -43,7 +44,7 @@ help:
 	@echo 'make fuzz       CALLS=$(CALLS) drawn calls against the definition; SEED= repeats a run'
 	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint       formatting, lint and types'
-	@echo 'make format     reformat, and fix what ruff can fix'
+	@echo 'make format     reformat Python and C++, and fix what ruff can fix'
 	@echo 'make clean      remove .venv and caches; runs/ stays'
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON), MINUTES=$(MINUTES), and PIP_ARGS for pip install.'
@@ -120,6 +121,7 @@ sanitize: $(STAMP)
 	    $(BIN)/python -m pytest -p no:cacheprovider --timeout 1200 -m 'not plain' tests/ops/test_native.py tests/ops/test_native_decode.py
 
 lint: $(STAMP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
@@ -127,6 +129,7 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build src/colonnade.egg-info
