@@ -30,7 +30,7 @@ class Packed:
 
 
 class Kept(NamedTuple):
-    """Of the leading blocks the keys hold only the summaries, as in a cache.
+    """The keys hold only the summaries of the leading blocks, as in a cache.
 
     The pattern is a causal FixedPattern, and the queries are the last positions, behind these
     blocks. Each key head has the summaries of its own sub-block.
@@ -57,7 +57,7 @@ Keys: TypeAlias = Whole | Packed | Kept | Seen
 
 
 class Call(NamedTuple):
-    """What is asked of a backend besides the three tensors."""
+    """Everything that is asked of a backend besides the three tensors."""
 
     pattern: HasMask
     """Which positions each position reads."""

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why not the others."""
+"""The choice of the backend that runs a call, and its reasons."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def backends(build: bool = True) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs for some inputs, and why.
+    """The backend that runs for some inputs, and the reasons.
 
     Attributes:
         backend: Name of the backend that runs.

@@ -21,12 +21,10 @@ from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, SeenMask, Valu
 
 def reason_unusable(build: bool = True) -> None:
     """It runs wherever PyTorch does, and has nothing to be built."""
-    return
 
 
-def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | None:
+def reason_declined(query: Query, key: Key, value: Value, call: Call) -> None:
     """It takes everything."""
-    return None
 
 
 def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:

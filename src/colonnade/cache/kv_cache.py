@@ -23,7 +23,7 @@ from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 
 class Entries(KeysAndValues):
-    """What the queries of appended positions may read; unpacks as (keys, values).
+    """The entries that the queries of appended positions may read; unpacks as (keys, values).
 
     [batch, kv_heads, kept, …] each: the summaries of closed blocks, then every position from the
     first block on that is still open for one of these queries. A shorter batch row, or head group,
@@ -407,7 +407,7 @@ class KVCache:
         counts: list[int],
         is_token: Tensor | None,
     ) -> Iterator[tuple[tuple[Query, Key, Value], Call]]:
-        """What `attend` would ask of a backend for each head group, if nothing stood in its way."""
+        """Yield the call that `attend` would make for each head group, with its tensors."""
         for index, heads in enumerate(head_groups(self.pattern, key.shape[1])):
             q, k, v = (heads.of(t, key.shape[1]) for t in (query, key, value))
             rows = [Lengths()] * len(key)

@@ -22,7 +22,7 @@ from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
 
 
 class KeptHeads(NamedTuple):
-    """How the entries of one head group lie: of each batch row, and how many in all."""
+    """One head group, with what is kept of each batch row, and its number of entries."""
 
     heads: HeadGroup
     rows: list[RowGroup]
@@ -31,7 +31,7 @@ class KeptHeads(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How what is kept is to be read by the queries of the positions that came last."""
+    """The way in which the queries of the positions that came last read entries."""
 
     groups: list[KeptHeads]
     is_token: Bool[Tensor, "batch q_len"] | None

@@ -18,7 +18,7 @@ Length = TypeVar("Length", int, Tensor)
 
 
 class Lengths(NamedTuple):
-    """How much of one batch row has been seen, and where its tail begins."""
+    """The number of positions of a batch row, and the one where its tail begins."""
 
     seq_len: int = 0
     begin: int = 0
@@ -54,7 +54,7 @@ class RowGroup(NamedTuple):
 
 
 class Step(NamedTuple):
-    """How new positions come to what is kept; see `next_step`."""
+    """The change that new positions make to what is kept; see `next_step`."""
 
     evicts: bool
     """Whether entries that no later position reads have to go first."""
@@ -167,7 +167,7 @@ def tail_room(pattern: Pattern) -> int | None:
 
 
 def begin_of_shorter(pattern: Pattern, row: Lengths, seq_len: int) -> int | None:
-    """Where the tail of a batch row begins once it is cropped; None: entries it reads are gone."""
+    """Return where the tail of a cropped batch row begins; None: entries that it reads are gone."""
     shorter = kept_begin(pattern, seq_len)
     if seq_len == 0:
         return 0
@@ -181,7 +181,7 @@ def begin_of_shorter(pattern: Pattern, row: Lengths, seq_len: int) -> int | None
 
 
 def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gather:
-    """Where the summaries of the blocks from `begin` to `end` lie, counted from `begin`."""
+    """Positions of the summaries of the blocks from `begin` to `end`, counted from `begin`."""
     if not isinstance(pattern, FixedPattern) or pattern.part == "local":
         return torch.zeros(num_kv_heads, 0, dtype=torch.long)
     columns = [pattern.summary_columns(head) for head in range(num_kv_heads)]

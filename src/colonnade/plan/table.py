@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a kernel needs to know.
+    """Everything that a kernel needs to know of a pattern.
 
     Attributes:
         gather: For each key head, the key position that fills each slot.

@@ -23,7 +23,6 @@ FULL_TILE = 128
 
 def reason_unusable(build: bool = True) -> None:
     """It runs wherever PyTorch does, and has nothing to be built."""
-    return
 
 
 def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | None:

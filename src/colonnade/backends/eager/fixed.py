@@ -7,16 +7,15 @@ computed together as a tile, and the backward computes the scores again.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, in_order, only_heads
 from colonnade.backends.eager.dropout import Dropout, draw_seed
-from colonnade.backends.tracing import fake
-from colonnade.backends.tracing.autocast import without_autocast
 from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.operation import LSE, register
 from colonnade.backends.tracing.planning import make_plan
 from colonnade.pattern import FixedPattern
 from colonnade.plan.table import Row, heads_by_plan, table_rows
@@ -227,9 +226,6 @@ def _forward(
     return out, lse
 
 
-_forward.register_fake(fake.forward)
-
-
 @torch.library.custom_op("colonnade::eager_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
     grad_out: Tensor,
@@ -282,23 +278,4 @@ def _backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-_backward.register_fake(fake.backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, gather, table, shift, own_from_slots, scale, dropout_p, seed = inputs
-    ctx.save_for_backward(query, key, value, output[1], gather, table, shift, seed)
-    ctx.constants = own_from_slots, scale, dropout_p
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, seed = ctx.saved_tensors
-    # The caller's autocast would run the float32 products in half precision.
-    with without_autocast(grad_out.device.type):
-        grads = _backward(grad_out, grad_lse, *saved, *ctx.constants, seed)
-    return (*grads, *[None] * 7)
-
-
-torch.library.register_autograd(
-    "colonnade::eager_forward", _gradients, setup_context=_setup_context
-)
+register("colonnade::eager", _backward, LSE)

@@ -2,13 +2,15 @@
 
 `attend` makes the plan and calls one operation, forward or backward; csrc/ has what they do:
 
-    problem.h    the plan's table, and how the work is cut and shared out
-    operands.h   copies in the layout and type that the products want
-    forward.h    tiles of scores, one online softmax
-    backward.h   scores once more, transposed; five products a granule of keys
-    decode.h     one query over what a cache keeps, without copies
-    ceiling.h    the products and exponentials alone, for benchmarks
-    library.cpp  the operations
+    problem.h     the plan's table, and how the work is cut and shared out
+    operands.h    copies in the layout and type that the products want
+    softmax.h     one step of the online softmax, its end, its gradient
+    forward.h     tiles of scores, one online softmax
+    backward.h    scores once more, transposed; five products a granule of keys
+    slot_grads.h  shares of the backward, and the gradients of slots that they add up
+    decode.h      one query over what a cache keeps, without copies
+    ceiling.h     the products and exponentials alone, for benchmarks
+    library.cpp   the operations
 
 The C++ is compiled for the machine at the first use, see `build`. Arm is untested.
 """
@@ -16,14 +18,13 @@ The C++ is compiled for the machine at the first use, see `build`. Arm is untest
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.native import build
-from colonnade.backends.tracing import fake
+from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, fake_forward, register
 from colonnade.backends.tracing.planning import make_plan
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -112,22 +113,5 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
     return forward, backward
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, own_from_slots, scale = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-    ctx.constants = own_from_slots, scale
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.colonnade.native_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, *ctx.constants
-    )
-    return (*grads, *[None] * 5)
-
-
-torch.library.register_fake("colonnade::native_forward", fake.forward)
-torch.library.register_fake("colonnade::native_backward", fake.backward)
-torch.library.register_fake("colonnade::native_decode", fake.forward)
-torch.library.register_autograd(
-    "colonnade::native_forward", _gradients, setup_context=_setup_context
-)
+torch.library.register_fake("colonnade::native_decode", fake_forward)
+register("colonnade::native", torch.ops.colonnade.native_backward, OUTPUT_AND_LSE)
