@@ -181,6 +181,17 @@ def test_only_pattern_and_plan_know_blocks(file: Path) -> None:
         assert not _divides_by_stride(ast.parse(file.read_text()))
 
 
+LAID_OUT = {"nn/embedding.py", "backends/eager/windowed.py"}
+"""Files that lay a sequence out in lines as wide as a stride, and so count its lines."""
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_who_counts_blocks_is_named(file: Path) -> None:
+    """A number of blocks times the stride is a division by it under another name."""
+    counts = "colonnade.plan.lines" in set(_imports(file))
+    assert counts == (_name(file) in LAID_OUT | {"plan/table.py"})
+
+
 def test_importing_colonnade_loads_no_heavy_package() -> None:
     """In a fresh interpreter: neither the extras nor a compiler for GPUs."""
     code = "import colonnade, json, sys; print(json.dumps(sorted(sys.modules)))"

@@ -15,10 +15,10 @@ from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.backends.tracing.memo import remembered
 from colonnade.cache.store import KeysAndValues, Store, pad
 from colonnade.ops.check import check_padding, check_tensors, make_call
-from colonnade.ops.heads import HeadGroup, Patterns, check_patterns, head_groups, join_heads
+from colonnade.ops.heads import Patterns, check_patterns, head_groups, join_heads
 from colonnade.ops.kept import KeptHeads, Layout, attend_kept, expected_call
 from colonnade.pattern import FullPattern, StridedPattern, check_count
-from colonnade.plan.kept import Lengths, evicted, next_step, num_kept
+from colonnade.plan.kept import Lengths, evicted, num_kept
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 
@@ -111,7 +111,6 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything, the sizes of a batch too; memory is given back."""
         self._stores: list[Store] = []
-        self._heads: list[HeadGroup] = []
         self._layout: Layout | None = None
 
     @overload
@@ -379,24 +378,31 @@ class KVCache:
         if asked is not None and self.backend != "auto":
             for tensors, call in self._calls(asked[0], key, value, asked[1], counts, is_token):
                 choose(*tensors, call, self.backend)
-        if not self._stores:
-            self._heads = list(head_groups(self.pattern, key.shape[1]))
-            for heads in self._heads:
-                empty = (heads.of(t, key.shape[1])[:, :, :0].detach().clone() for t in (key, value))
-                rows = [Lengths()] * len(key)
-                self._stores.append(
-                    Store(heads.pattern, self.max_seq_len, KeysAndValues(*empty), rows)
-                )
+        self._stores = self._stores or self._new_stores(key, value)
         pairs, groups = [], []
-        for heads, store in zip(self._heads, self._stores, strict=True):
+        for store in self._stores:
             new = key, value
-            if len(self._heads) > 1:
-                new = heads.of(key, key.shape[1]), heads.of(value, value.shape[1])
-            pair, rows_of_heads = store.append(*new, counts, is_token, self.evicting)
+            if len(self._stores) > 1:
+                new = store.heads.of(key, key.shape[1]), store.heads.of(value, value.shape[1])
+            pair, rows = store.append(*new, counts, is_token, self.evicting)
             pairs.append(pair)
-            groups.append(KeptHeads(heads, rows_of_heads, pair.keys.shape[2]))
+            groups.append(KeptHeads(store.heads, rows, pair.keys.shape[2]))
         self._layout = Layout(groups, is_token)
         return pairs, self._layout
+
+    def _new_stores(self, key: Key, value: Value) -> list[Store]:
+        """A store for each head group, with the sizes of these tensors and no entry."""
+        return [
+            Store(
+                heads,
+                self.max_seq_len,
+                KeysAndValues(
+                    *(heads.of(t, key.shape[1])[:, :, :0].detach() for t in (key, value))
+                ),
+                [Lengths()] * len(key),
+            )
+            for heads in head_groups(self.pattern, key.shape[1])
+        ]
 
     def _calls(
         self,
@@ -408,17 +414,13 @@ class KVCache:
         is_token: Tensor | None,
     ) -> Iterator[tuple[tuple[Query, Key, Value], Call]]:
         """Yield the call that `attend` would make for each head group, with its tensors."""
-        for index, heads in enumerate(head_groups(self.pattern, key.shape[1])):
-            q, k, v = (heads.of(t, key.shape[1]) for t in (query, key, value))
-            rows = [Lengths()] * len(key)
-            if self._stores:
-                store = self._stores[index]
-                rows = store.rows
-                if any(t.requires_grad for t in store.buffers):
-                    k, v = store.buffers
-            step = next_step(heads.pattern, rows, counts, k.shape[1], self.evicting)
-            kept = KeptHeads(heads, step.groups, step.width)
-            yield (q, k, v), expected_call(call, kept, is_token, q.shape[2])
+        for store in self._stores or self._new_stores(key, value):
+            q, k, v = (store.heads.of(t, key.shape[1]) for t in (query, key, value))
+            if any(t.requires_grad for t in store.buffers):
+                k, v = store.buffers
+            step = store.next_step(counts, self.evicting)
+            kept = KeptHeads(store.heads, step.groups, step.width)
+            yield (q, k, v), expected_call(call, kept, is_token, query.shape[2])
 
     def _check_new(
         self, key: Key, value: Value, padding_mask: Bool[Tensor, "batch q_len"] | None

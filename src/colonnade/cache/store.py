@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from colonnade.ops.heads import HeadGroup
 from colonnade.pattern import FixedPattern, Pattern
 from colonnade.plan.kept import (
     Lengths,
@@ -42,16 +43,26 @@ class Store:
     """The entries of key heads that read one pattern: [slots | tail], zeros behind.
 
     Attributes:
-        pattern: Which positions are read.
+        heads: The key heads, and the pattern that they read.
         max_seq_len: Number of positions to allocate for.
         buffers: Keys and values, allocated ahead.
         rows: Lengths of each batch row.
     """
 
-    pattern: Pattern
+    heads: HeadGroup
     max_seq_len: int | None
     buffers: KeysAndValues
     rows: list[Lengths]
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of these heads."""
+        return self.heads.pattern
+
+    def next_step(self, counts: Sequence[int], evicting: bool) -> Step:
+        """Work out what happens when counts[b] positions are appended to batch row b."""
+        num_kv_heads = self.heads.stop - self.heads.first
+        return next_step(self.heads.pattern, self.rows, counts, num_kv_heads, evicting)
 
     def append(
         self, key: Key, value: Value, counts: Sequence[int], is_token: Tensor | None, evicting: bool
@@ -61,7 +72,7 @@ class Store:
         Returns:
             What their queries may read, and of which batch rows.
         """
-        step = next_step(self.pattern, self.rows, counts, key.shape[1], evicting)
+        step = self.next_step(counts, evicting)
         if step.evicts:
             self.evict()
         wants_grad = torch.is_grad_enabled() and (
