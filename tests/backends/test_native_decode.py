@@ -15,7 +15,7 @@ import colonnade
 from colonnade import FullPattern
 from colonnade.backends import native
 from tests.cases import Case, Inputs
-from tests.ops.test_native import LAYOUTS
+from tests.backends.test_native import LAYOUTS
 from tests.oracle import loop_attention
 from tests.rounding import bounds
 

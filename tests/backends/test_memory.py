@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.eager_peak import STRIDE, WIDTH
+from tests.backends.eager_peak import STRIDE, WIDTH
 
 FLOAT = torch.float32.itemsize
 N = 16_384
