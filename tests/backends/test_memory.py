@@ -2,88 +2,75 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.backends.eager_peak import STRIDE, WIDTH
+from tests.peak import CLEAR_REFS, MEASURED, STRIDE, WIDTH, peaks
 
 FLOAT = torch.float32.itemsize
 N = 16_384
-CLEAR_REFS = "/proc/self/clear_refs"
-
 
 pytestmark = pytest.mark.skipif(
     not os.access(CLEAR_REFS, os.W_OK), reason=f"needs Linux's {CLEAR_REFS}"
 )
 
 
-def _peak(pattern: str, kv_len: int, q_len: int | None = None) -> int:
+@pytest.fixture(scope="module")
+def eager() -> dict[str, int]:
     """Bytes beyond inputs, output and gradients, over one forward and backward."""
-    q_len = kv_len if q_len is None else q_len
-    script = Path(__file__).with_name("eager_peak.py")
-    done = subprocess.run(
-        [sys.executable, str(script), pattern, str(kv_len), str(q_len)],
-        capture_output=True,
-        text=True,
-        check=False,
-        # Memory that is given back to the system at once cannot be mistaken for free.
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["unit"] == 2 * (kv_len + q_len) * WIDTH * FLOAT
-    return int(found["beyond"])
+    return peaks("eager")
 
 
-def test_eager_needs_three_times_its_inputs_and_output() -> None:
-    """Beyond inputs, output and gradients, at most 3 · (q + k + v + out) = 201 MB.
+def test_eager_needs_three_times_its_inputs_and_output(eager: dict[str, int]) -> None:
+    """Beyond inputs, output and gradients, at most 3 · (q + k + v + out) = 101 MB.
 
-    What must not be kept: the weights of all pairs, 553 MB, or a dense mask, 4.3 GB.
+    Not kept: the weights of all pairs, 142 MB, or a dense mask, 1.1 GB.
     """
-    unit = 4 * 65_536 * WIDTH * FLOAT
-    peak = _peak("fixed", 65_536)
-    print(f"peak beyond results: {peak / unit:.2f} · (q + k + v + out)")
-    assert peak <= 3 * unit
+    measured = MEASURED["fixed"]
+    assert measured.kv_len == measured.q_len == 2 * N
+    unit = 4 * 2 * N * WIDTH * FLOAT
+    print(f"peak beyond results: {eager['fixed'] / unit:.2f} · (q + k + v + out)")
+    assert eager["fixed"] <= 3 * unit < measured.pattern.num_pairs(2 * N) * FLOAT
 
 
 @pytest.mark.parametrize(
     ("pattern", "keys"), [("strided", 2 * STRIDE + N // STRIDE), ("window", 2 * STRIDE)]
 )
-def test_windows_and_columns_make_nothing_square(pattern: str, keys: int) -> None:
+def test_windows_and_columns_make_nothing_square(
+    pattern: str, keys: int, eager: dict[str, int]
+) -> None:
     """At most 7 tensors [n, 2l + n/l], or [n, 2l] for a window: 176 MB and 117 MB.
 
-    Scores, weights and their gradients, before and after a mask. What must not be made: n × n
-    scores, 1.1 GB, or a dense mask, 268 MB.
+    Scores, weights and their gradients, before and after a mask. Not made: n × n scores, 1.1 GB, or
+    a dense mask, 268 MB.
     """
+    assert MEASURED[pattern].kv_len == MEASURED[pattern].q_len == N
     unit = N * keys * FLOAT
-    peak = _peak(pattern, N)
-    print(f"peak beyond results: {peak / unit:.2f} · n · {keys}")
-    assert peak <= 7 * unit < N * N
+    print(f"peak beyond results: {eager[pattern] / unit:.2f} · n · {keys}")
+    assert eager[pattern] <= 7 * unit < N * N
 
 
-def test_reading_both_ways_makes_nothing_square() -> None:
+def test_reading_both_ways_makes_nothing_square(eager: dict[str, int]) -> None:
     """Beyond inputs, output and gradients, at most 4 · (q + k + v + out) = 67 MB.
 
-    What must not be made: a dense mask, 268 MB.
+    Not made: a dense mask, 268 MB.
     """
+    assert MEASURED["bidirectional"].kv_len == MEASURED["bidirectional"].q_len == N
     unit = 4 * N * WIDTH * FLOAT
-    peak = _peak("bidirectional", N)
-    print(f"peak beyond results: {peak / unit:.2f} · (q + k + v + out)")
-    assert peak <= 4 * unit < N * N
+    print(f"peak beyond results: {eager['bidirectional'] / unit:.2f} · (q + k + v + out)")
+    assert eager["bidirectional"] <= 4 * unit < N * N
 
 
-def test_one_query_needs_no_whole_line() -> None:
+def test_one_query_needs_no_whole_line(eager: dict[str, int]) -> None:
     """Of a window of 16,384 keys among 65,536: six copies of the keys and values, 201 MB.
 
-    What must not be made: the scores of a whole line of queries, 2.1 GB.
+    Not made: the scores of a whole line of queries, 2.1 GB.
     """
+    measured = MEASURED["one query of a wide window"]
+    assert (measured.kv_len, measured.q_len) == (65_536, 1)
     unit = 2 * 65_536 * WIDTH * FLOAT
-    peak = _peak("wide window", 65_536, 1)
+    peak = eager["one query of a wide window"]
     print(f"peak beyond results: {peak / unit:.2f} · (k + v)")
     assert peak <= 6 * unit
