@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern
 from colonnade.ops.heads import Patterns, runs_of_heads
 from tests.cases import EXAMPLES, mask_of
-from tests.oracle import loop_attention
+from tests.oracle import dense_attention
 
 CAUSAL: dict[str, Patterns] = {
     **{name: pattern for name, pattern in EXAMPLES.items() if pattern.causal},
@@ -28,7 +28,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 def draw(seq_len: int, batch: int = 1, kv_heads: int = 3, group: int = 2) -> Triple:
-    """Query, key and value in float64; values are narrower than keys."""
+    """Return query, key and value in float64; values are narrower than keys."""
     sizes = (kv_heads * group, 6), (kv_heads, 6), (kv_heads, 4)
     query, key, value = (
         torch.randn(batch, heads, seq_len, width, dtype=torch.float64) for heads, width in sizes
@@ -36,20 +36,55 @@ def draw(seq_len: int, batch: int = 1, kv_heads: int = 3, group: int = 2) -> Tri
     return query, key, value
 
 
-def whole(pattern: Patterns, query: Tensor, key: Tensor, value: Tensor, first: int = 0) -> Tensor:
-    """The oracle over the whole sequence, from query `first` on, run of heads by run of heads."""
+def each(change: Callable[[Tensor], Tensor], tensors: Triple) -> Triple:
+    """Return query, key and value, each changed."""
+    query, key, value = map(change, tensors)
+    return query, key, value
+
+
+def span(tensors: Triple, begin: int, end: int | None = None) -> Triple:
+    """Return the positions from `begin` to `end`."""
+    return each(lambda t: t[:, :, begin:end], tensors)
+
+
+def joined(first: Triple, second: Triple) -> Triple:
+    """Return one sequence after the other."""
+    query, key, value = (torch.cat(pair, 2) for pair in zip(first, second, strict=True))
+    return query, key, value
+
+
+def whole(pattern: Patterns, tensors: Triple, first: int = 0) -> Tensor:
+    """Return the oracle's output from query `first` on, run of heads by run of heads."""
+    query, key, value = tensors
     group, scale = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
     outs = []
-    for each, begin, stop in runs_of_heads(pattern, key.shape[1]):
-        mask = mask_of(each, key.shape[2], stop - begin)
+    for of_run, begin, stop in runs_of_heads(pattern, key.shape[1]):
+        mask = mask_of(of_run, key.shape[2], stop - begin)[:, first:]
         q, k, v = query[:, begin * group : stop * group], key[:, begin:stop], value[:, begin:stop]
-        outs.append(loop_attention(q[:, :, first:], k, v, mask[:, first:], scale)[0])
+        outs.append(dense_attention(q[:, :, first:], k, v, mask, scale)[0])
     return torch.cat(outs, 1)
 
 
-def parts(tensors: Triple, chunks: list[int]) -> Iterator[list[Tensor]]:
-    yield from map(list, zip(*(t.split(chunks, 2) for t in tensors), strict=True))
+def parts(tensors: Triple, chunks: list[int]) -> Iterator[Triple]:
+    """Yield a sequence chunk by chunk."""
+    yield from zip(*(t.split(chunks, 2) for t in tensors), strict=True)
 
 
 def decode(cache: KVCache, tensors: Triple, chunks: list[int]) -> Tensor:
-    return torch.cat([cache.attend(q, k, v) for q, k, v in parts(tensors, chunks)], 2)
+    """Return the output of a sequence that a cache is given chunk by chunk."""
+    return torch.cat([cache.attend(*chunk) for chunk in parts(tensors, chunks)], 2)
+
+
+def decode_padded(cache: KVCache, tensors: Triple, tokens: Tensor, chunks: list[int]) -> Tensor:
+    """Return the same where only some positions are tokens, True in `tokens` [batch, seq]."""
+    masks = tokens.split(chunks, 1)
+    outs = [
+        cache.attend(*chunk, padding_mask=mask)
+        for chunk, mask in zip(parts(tensors, chunks), masks, strict=True)
+    ]
+    return torch.cat(outs, 2)
+
+
+def check_equal(found: Tensor, expected: Tensor) -> None:
+    """Assert that two results in float64 are equal but for a few roundings of numbers near 1."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -11,11 +11,22 @@ import torch
 
 from colonnade import FixedPattern, FullPattern, KVCache, StridedPattern
 from colonnade.ops.heads import Patterns
-from tests.cache.common import MERGED, decode, draw, each_causal, whole
+from tests.cache.common import (
+    MERGED,
+    check_equal,
+    decode,
+    draw,
+    each,
+    each_causal,
+    joined,
+    parts,
+    span,
+    whole,
+)
 
 
 def _cropped(cache: KVCache, seq_len: int) -> int:
-    """The length that came out: that of before, where the cache refused."""
+    """Return the length that came out: the same as before if the cache refused."""
     try:
         cache.crop(seq_len)
     except ValueError as error:
@@ -28,25 +39,21 @@ def _cropped(cache: KVCache, seq_len: int) -> int:
 @pytest.mark.parametrize("evicting", [True, False])
 def test_cropped_it_goes_on_as_if_nothing_had_been_there(pattern: Patterns, evicting: bool) -> None:
     """Or refuses, and stays as it was. Without evictions it never refuses."""
-    tensors, other = draw(23), draw(23)
+    longest = 16
+    tensors, other = draw(longest), draw(longest + 3)
+    sequences = [joined(span(tensors, 0, n), span(other, n, n + 3)) for n in range(longest + 1)]
+    expected = [whole(pattern, sequence, first=n) for n, sequence in enumerate(sequences)]
+    filled = KVCache(pattern)
+    filled.evicting = evicting
     refused = 0
-    for seq_len in range(1, 17):
-        filled = KVCache(pattern)
-        filled.evicting = evicting
-        decode(filled, tuple(t[:, :, :seq_len] for t in tensors), [1] * seq_len)
+    for seq_len, token in enumerate(parts(tensors, [1] * longest), start=1):
+        filled.attend(*token)
         for shorter in range(seq_len + 1):
             cache = copy.deepcopy(filled)
-            at, rest = _cropped(cache, shorter), other
+            at = _cropped(cache, shorter)
             refused += at != shorter
             assert at in (shorter, seq_len)
-            joined = tuple(
-                torch.cat([t[:, :, :at], o[:, :, at : at + 3]], 2)
-                for t, o in zip(tensors, rest, strict=True)
-            )
-            tail = tuple(t[:, :, at:] for t in joined)
-            found = decode(cache, tail, [1, 2])
-            want = whole(pattern, *joined, first=at)
-            torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+            check_equal(decode(cache, span(sequences[at], at), [1, 2]), expected[at])
     keeps_all = pattern in (FixedPattern(3, 3), FixedPattern(1, 1)) or isinstance(
         pattern, StridedPattern | FullPattern
     )
@@ -56,28 +63,27 @@ def test_cropped_it_goes_on_as_if_nothing_had_been_there(pattern: Patterns, evic
 @each_causal
 def test_rows_are_chosen_and_repeated(pattern: Patterns) -> None:
     before, after = draw(14, batch=3), draw(5, batch=3)
-    for change, rows in (
+    changes: list[tuple[Callable[[KVCache], None], list[int]]] = [
         (lambda cache: cache.reorder(torch.tensor([2, 0, 0])), [2, 0, 0]),
         (lambda cache: cache.select(torch.tensor([1])), [1]),
         (lambda cache: cache.repeat(2), [0, 0, 1, 1, 2, 2]),
-    ):
+    ]
+    for change, rows in changes:
         cache = KVCache(pattern)
         decode(cache, before, [9, 5])
         change(cache)
-        new = tuple(t[torch.arange(len(rows)) % 3] for t in after)
-        joined = [torch.cat([b[rows], n], 2) for b, n in zip(before, new, strict=True)]
-        found = decode(cache, new, [1, 1, 3])
-        want = whole(pattern, *joined)[:, :, 14:]
-        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+        new = each(lambda t, rows=rows: t[torch.arange(len(rows)) % 3], after)
+        sequence = joined(each(lambda t, rows=rows: t[rows], before), new)
+        check_equal(decode(cache, new, [1, 1, 3]), whole(pattern, sequence, first=14))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
 def test_copies_are_independent(copied: Callable[[KVCache], KVCache]) -> None:
     tensors = draw(12)
     cache = KVCache(MERGED)
-    decode(cache, tuple(t[:, :, :7] for t in tensors), [7])
+    decode(cache, span(tensors, 0, 7), [7])
     other = copied(cache)
-    rest = tuple(t[:, :, 7:] for t in tensors)
+    rest = span(tensors, 7)
     found = decode(other, rest, [1] * 5)
     assert (cache.seq_len, other.seq_len) == (7, 12)
     assert torch.equal(found, decode(cache, rest, [1] * 5))
@@ -89,6 +95,4 @@ def test_after_a_reset_another_batch_may_come() -> None:
     cache.reset()
     assert (cache.seq_len, cache.num_stored, cache.nbytes) == (0, 0, 0)
     tensors = draw(9, batch=2, kv_heads=1)
-    torch.testing.assert_close(
-        decode(cache, tensors, [4, 5]), whole(MERGED, *tensors), rtol=0, atol=1e-12
-    )
+    check_equal(decode(cache, tensors, [4, 5]), whole(MERGED, tensors))

@@ -8,28 +8,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import colonnade
 from colonnade import FixedPattern, KVCache, Pattern
 from colonnade.ops.attention import attention_reduced
 from colonnade.ops.heads import Patterns
-from tests.cache.common import CAUSAL, MERGED, decode, draw, each_causal, parts, whole
-from tests.cases import mask_of
+from tests.cache.common import (
+    CAUSAL,
+    MERGED,
+    check_equal,
+    decode,
+    decode_padded,
+    draw,
+    each,
+    each_causal,
+    parts,
+    span,
+    whole,
+)
+from tests.cases import fixed_patterns, mask_of
 from tests.oracle import fixed_set, loop_attention
 
 
-@st.composite
-def _fixed(draw: st.DrawFn) -> FixedPattern:
-    stride = draw(st.integers(1, 7))
-    summary = draw(st.integers(1, stride))
-    subblocks = draw(st.integers(1, stride // summary))
-    return FixedPattern(
-        stride, summary, subblocks, draw(st.sampled_from(["merged", "local", "summary"]))
-    )
-
-
 @given(
-    pattern=st.one_of(_fixed(), st.sampled_from(list(CAUSAL.values()))),
+    pattern=fixed_patterns(7, causal=True) | st.sampled_from(list(CAUSAL.values())),
     chunks=st.lists(st.one_of(st.just(1), st.integers(0, 9)), min_size=1, max_size=8),
     group=st.integers(1, 2),
     fixed_room=st.booleans(),
@@ -37,13 +40,11 @@ def _fixed(draw: st.DrawFn) -> FixedPattern:
 def test_decoding_equals_the_whole(
     pattern: Patterns, chunks: list[int], group: int, fixed_room: bool
 ) -> None:
-    """Whatever the pieces are that the sequence comes in."""
+    """In whatever chunks the sequence comes."""
     total = sum(chunks)
     tensors = draw(total, group=group)
     cache = KVCache(pattern, max_seq_len=max(total, 1) if fixed_room else None)
-    torch.testing.assert_close(
-        decode(cache, tensors, chunks), whole(pattern, *tensors), rtol=0, atol=1e-12
-    )
+    check_equal(decode(cache, tensors, chunks), whole(pattern, tensors))
     assert cache.seq_len == total
 
 
@@ -51,7 +52,7 @@ def test_decoding_equals_the_whole(
 def test_token_by_token(pattern: Patterns) -> None:
     tensors = draw(23, batch=2)
     found = decode(KVCache(pattern), tensors, [1] * 23)
-    torch.testing.assert_close(found, whole(pattern, *tensors), rtol=0, atol=1e-12)
+    check_equal(found, whole(pattern, tensors))
 
 
 @each_causal
@@ -60,24 +61,14 @@ def test_token_by_token(pattern: Patterns) -> None:
 def test_rows_of_different_lengths(pattern: Patterns, share: float, chunks: list[int]) -> None:
     """Padding may lie anywhere; each row is what its tokens alone would be, and 0 elsewhere."""
     tensors = draw(24, batch=3)
-    is_token = torch.rand(3, 24) < share
-    is_token[0, :7] = False
+    tokens = torch.rand(3, 24) < share
+    tokens[0, :7] = False
     cache = KVCache(pattern)
-    found = torch.cat(
-        [
-            cache.attend(q, k, v, padding_mask=mask)
-            for (q, k, v), mask in zip(
-                parts(tensors, chunks), is_token.split(chunks, 1), strict=True
-            )
-        ],
-        2,
-    )
-    assert cache.seq_lens == is_token.sum(1).tolist()
-    for row, mask in enumerate(is_token):
-        alone = [t[row, None, :, mask] for t in tensors]
-        torch.testing.assert_close(
-            found[row, None, :, mask], whole(pattern, *alone), rtol=0, atol=1e-12
-        )
+    found = decode_padded(cache, tensors, tokens, chunks)
+    assert cache.seq_lens == tokens.sum(1).tolist()
+    for row, mask in enumerate(tokens):
+        alone = each(lambda t, row=row, mask=mask: t[row, None, :, mask], tensors)
+        check_equal(found[row, None, :, mask], whole(pattern, alone))
         assert not found[row, :, ~mask].any()
 
 
@@ -90,7 +81,7 @@ def test_every_backend_takes_reduced_blocks(backend: str, part: Any, q_len: int)
     dtype = torch.float32 if backend == "native" else torch.float64
     pattern = FixedPattern(5, 2, subblocks=2, part=part)
     query, key, value = (t.to(dtype) for t in draw(23))
-    whole = loop_attention(query, key, value, mask_of(pattern, 23, 3), 6**-0.5)[0]
+    expected, _ = loop_attention(query, key, value, mask_of(pattern, 23, 3), 6**-0.5)
     for reduced in range((23 - q_len) // 5 + 1):
         kept = torch.tensor(
             [
@@ -105,7 +96,7 @@ def test_every_backend_takes_reduced_blocks(backend: str, part: Any, q_len: int)
         q = query[:, :, 23 - q_len :]
         found = attention_reduced(q, k, v, pattern, reduced, backend=backend)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-        torch.testing.assert_close(found, whole[:, :, 23 - q_len :], rtol=0, atol=tolerance)
+        torch.testing.assert_close(found, expected[:, :, 23 - q_len :], rtol=0, atol=tolerance)
 
 
 @each_causal
@@ -113,17 +104,17 @@ def test_append_and_read_are_attend(pattern: Patterns) -> None:
     tensors = draw(21)
     cache = KVCache(pattern)
     outs = [cache.read(q, *cache.append(k, v)) for q, k, v in parts(tensors, [6, 1, 1, 1, 1, 7, 4])]
-    torch.testing.assert_close(torch.cat(outs, 2), whole(pattern, *tensors), rtol=0, atol=1e-12)
+    check_equal(torch.cat(outs, 2), whole(pattern, tensors))
 
 
 @each_causal
 def test_gradients_flow_through_the_cache(pattern: Patterns) -> None:
-    leaves = tuple(t.requires_grad_() for t in draw(15))
+    leaves = each(Tensor.requires_grad_, draw(15))
     grad = torch.randn(1, 6, 15, 4, dtype=torch.float64)
     found = torch.autograd.grad(decode(KVCache(pattern), leaves, [6, 1, 1, 1, 1, 5]), leaves, grad)
-    want = torch.autograd.grad(whole(pattern, *leaves), leaves, grad)
+    want = torch.autograd.grad(whole(pattern, leaves), leaves, grad)
     for one, other in zip(found, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        check_equal(one, other)
 
 
 def test_modes_may_change_on_the_way() -> None:
@@ -131,10 +122,10 @@ def test_modes_may_change_on_the_way() -> None:
     tensors = draw(18)
     cache = KVCache(MERGED)
     with torch.inference_mode():
-        decode(cache, tuple(t[:, :, :7].clone() for t in tensors), [5, 1, 1])
+        decode(cache, each(Tensor.clone, span(tensors, 0, 7)), [5, 1, 1])
         cache.reorder(torch.tensor([0]))
-    found = decode(cache, tuple(t[:, :, 7:] for t in tensors), [1] * 11)
-    torch.testing.assert_close(found, whole(MERGED, *tensors)[:, :, 7:], rtol=0, atol=1e-12)
+    found = decode(cache, span(tensors, 7), [1] * 11)
+    check_equal(found, whole(MERGED, tensors, first=7))
 
 
 def test_a_summary_query_without_a_key_gives_zero() -> None:

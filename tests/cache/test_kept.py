@@ -8,7 +8,7 @@ import torch
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, StridedPattern
 from colonnade.cache import GROWTH
 from colonnade.ops.heads import Patterns
-from tests.cache.common import MERGED, decode, draw, parts, whole
+from tests.cache.common import MERGED, check_equal, decode, draw, joined, parts, whole
 
 
 def test_it_keeps_the_open_block_and_the_summaries() -> None:
@@ -105,5 +105,4 @@ def test_what_was_not_evicted_can_go_later() -> None:
     assert cache.num_stored == 5
     cache.evict()
     found = decode(cache, tensors, [1] * 20)
-    want = whole(MERGED, *(torch.cat([t, t], 2) for t in tensors))[:, :, 20:]
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    check_equal(found, whole(MERGED, joined(tensors, tensors), first=20))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colonnade import FixedPattern, FullPattern, KVCache
-from tests.cache.common import MERGED, decode, draw, whole
+from tests.cache.common import MERGED, check_equal, decode, draw, span, whole
 
 
 def _bad(**changes: Any) -> dict[str, Any]:
@@ -37,12 +37,12 @@ def test_a_mistake_changes_nothing(
 ) -> None:
     tensors = draw(9)
     cache = KVCache(MERGED, max_seq_len=9)
-    decode(cache, tuple(t[:, :, :6] for t in tensors), [6])
+    decode(cache, span(tensors, 0, 6), [6])
     with pytest.raises(error, match=message):
         cache.attend(**arguments)
     assert cache.seq_len == 6
-    found = decode(cache, tuple(t[:, :, 6:] for t in tensors), [1, 2])
-    torch.testing.assert_close(found, whole(MERGED, *tensors)[:, :, 6:], rtol=0, atol=1e-12)
+    found = decode(cache, span(tensors, 6), [1, 2])
+    check_equal(found, whole(MERGED, tensors, first=6))
 
 
 @pytest.mark.plain
