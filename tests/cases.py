@@ -1,9 +1,10 @@
-"""Drawn patterns and inputs that the tests share."""
+"""Patterns, inputs and results that the tests share, and the strategies that draw them."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -45,25 +46,27 @@ each_pattern = pytest.mark.parametrize("pattern", EXAMPLES.values(), ids=EXAMPLE
 
 
 def set_of(pattern: Pattern, i: int, n: int, head: int = 0) -> set[int]:
-    """The oracle's set for position i of n; fields of a pattern are named as in the oracle."""
-    fields = asdict(pattern)
-    if isinstance(pattern, FixedPattern):
-        return oracle.fixed_set(i, n, head=head, **fields)
-    sets = {
-        StridedPattern: oracle.strided_set,
-        LocalPattern: oracle.local_set,
-        FullPattern: oracle.full_set,
-    }
-    return sets[type(pattern)](i, n, **fields)
+    """Return the oracle's set for position i of n; its arguments have the names of our fields."""
+    match pattern:
+        case FixedPattern():
+            return oracle.fixed_set(i, n, head=head, **vars(pattern))
+        case StridedPattern():
+            return oracle.strided_set(i, n, **vars(pattern))
+        case LocalPattern():
+            return oracle.local_set(i, n, **vars(pattern))
+        case FullPattern():
+            return oracle.full_set(i, n, **vars(pattern))
+    raise AssertionError(f"the oracle knows no {pattern}")
 
 
+@lru_cache(maxsize=64)
 def mask_of(pattern: Pattern, n: int, heads: int = 1) -> Tensor:
-    """The oracle's mask [heads, n, n]."""
+    """Return the oracle's mask [heads, n, n], which is kept for later calls: do not write to it."""
     return oracle.mask_of_sets(n, heads, lambda head, i: set_of(pattern, i, n, head))
 
 
 class Inputs(NamedTuple):
-    """What an attention reads, and the gradients that flow back into its two results."""
+    """The tensors that an attention reads, and the gradients that flow back into its results."""
 
     query: Tensor
     key: Tensor
@@ -72,19 +75,31 @@ class Inputs(NamedTuple):
     grad_lse: Tensor
 
     def leaves(self) -> Leaves:
-        """Query, key and value as tensors of their own that collect gradients."""
+        """Return query, key and value as tensors of their own that collect gradients."""
         query, key, value = (t.detach().clone().requires_grad_() for t in self[:3])
         return query, key, value
 
+    def double(self) -> Inputs:
+        """Return the same numbers, rounded as they are, in float64."""
+        return Inputs(*[t.double() for t in self])
+
+    def part(self, positions: slice) -> Inputs:
+        """Return the inputs of some positions, as many queries as keys."""
+        return Inputs(*[t[:, :, positions] for t in self])
+
 
 class Results(NamedTuple):
-    """What an attention gives, forward and backward."""
+    """The results of an attention, forward and backward."""
 
     out: Tensor
     lse: Tensor
     grad_query: Tensor
     grad_key: Tensor
     grad_value: Tensor
+
+    def part(self, positions: slice) -> Results:
+        """Return the results of some positions, as many queries as keys."""
+        return Results(*[t[:, :, positions] for t in self])
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ class Case:
     seed: int = 0
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> Inputs:
-        """Normal numbers, rounded to `dtype`; the lse's gradient in the type of the lse."""
+        """Return normal numbers, rounded to `dtype`; the lse's gradient has the lse's type."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(heads: int, *shape: int) -> Tensor:
@@ -122,36 +137,62 @@ class Case:
         )
 
     def mask(self) -> Tensor:
-        """The oracle's mask [kv_heads, q_len, kv_len]: the last queries' rows."""
+        """Return the oracle's mask [kv_heads, q_len, kv_len]: the rows of the last queries."""
         return mask_of(self.pattern, self.kv_len, self.kv_heads)[:, self.kv_len - self.q_len :]
+
+    def queries_of(self, head: int) -> slice:
+        """Return the query heads that read key head `head`."""
+        return slice(head * self.group, (head + 1) * self.group)
+
+    def reach(self, head: int, j: int) -> Tensor:
+        """Return [q_len], the queries that NaN in key j may touch: its whole block, its readers.
+
+        Strided and local patterns have no blocks; a full pattern is one block.
+        """
+        readers = self.mask()[head, :, j]
+        if isinstance(self.pattern, FixedPattern):
+            positions = torch.arange(self.kv_len - self.q_len, self.kv_len)
+            return readers | (positions // self.pattern.stride == j // self.pattern.stride)
+        if isinstance(self.pattern, FullPattern):
+            return torch.ones_like(readers)
+        return readers
 
 
 def fixed_patterns(
-    max_stride: int = 8, causal: bool | None = None
+    max_stride: int = 8,
+    causal: bool | None = None,
+    strides: st.SearchStrategy[int] | None = None,
 ) -> st.SearchStrategy[FixedPattern]:
-    """Any FixedPattern of small stride; only causal ones, or both kinds if `causal` is None."""
+    """Draw any FixedPattern, with few summary columns and sub-blocks as often as with many.
+
+    Args:
+        max_stride: Strides go from 1 to this.
+        causal: Draw only causal patterns, only bidirectional ones, or both if None.
+        strides: Draws strides instead.
+    """
+    strides = st.integers(1, max_stride) if strides is None else strides
+    directions = st.booleans() if causal is None else st.just(causal)
+    parts = st.sampled_from(PARTS)
+    limits = st.sampled_from((1, 2, 8, None, None, None))
 
     @st.composite
     def build(draw: st.DrawFn) -> FixedPattern:
-        stride = draw(st.integers(1, max_stride))
-        summary = draw(st.integers(1, stride))
-        return FixedPattern(
-            stride=stride,
-            summary=summary,
-            subblocks=draw(st.integers(1, stride // summary)),
-            part=draw(st.sampled_from(PARTS)),
-            causal=draw(st.booleans()) if causal is None else causal,
-        )
+        stride = draw(strides)
+        summary = draw(st.integers(1, min(stride, draw(limits) or stride)))
+        subblocks = draw(st.integers(1, min(stride // summary, draw(limits) or stride)))
+        return FixedPattern(stride, summary, subblocks, draw(parts), draw(directions))
 
     return build()
 
 
-def patterns(max_stride: int = 8) -> st.SearchStrategy[Pattern]:
-    """Any pattern: fixed in both directions, strided, local, full."""
-    strides = st.integers(1, max_stride)
+def patterns(
+    max_stride: int = 8, strides: st.SearchStrategy[int] | None = None
+) -> st.SearchStrategy[Pattern]:
+    """Draw any pattern: fixed in both directions, strided, local, full."""
+    strides = st.integers(1, max_stride) if strides is None else strides
     return st.one_of(
-        fixed_patterns(max_stride, causal=True),
-        fixed_patterns(max_stride, causal=False),
+        fixed_patterns(causal=True, strides=strides),
+        fixed_patterns(causal=False, strides=strides),
         st.builds(StridedPattern, strides, st.sampled_from(PARTS)),
         st.builds(LocalPattern, strides),
         st.builds(FullPattern, st.booleans()),
@@ -159,28 +200,50 @@ def patterns(max_stride: int = 8) -> st.SearchStrategy[Pattern]:
 
 
 def cases(
-    max_len: int = 18, pattern: st.SearchStrategy[Pattern] | None = None
+    max_len: int = 18,
+    pattern: st.SearchStrategy[Pattern] | None = None,
+    *,
+    min_len: int = 1,
+    batches: Sequence[int] = (1, 2),
+    groups: Sequence[int] = (1, 2),
+    widths: Sequence[int] = (1, 2, 3, 4, 5),
+    scales: Sequence[float] = (0.5, 1.3, -0.6, 0.0),
 ) -> st.SearchStrategy[Case]:
-    """Cases of every kind: grouped heads, unlike widths, fewer queries than keys, any scale.
+    """Draw cases of every kind: grouped heads, widths alike and unlike, fewer queries than keys.
 
-    Of any pattern, unless a strategy is given.
+    Args:
+        max_len: Most keys.
+        pattern: Draws patterns; any of them if None.
+        min_len: Fewest queries and keys.
+        batches: Batch sizes, and so on for the other sequences; one that is there twice is drawn
+            twice as often.
+        groups: Query heads for each key head.
+        widths: Of queries and keys, and of values.
+        scales: Factors on the scores.
     """
     pattern = patterns() if pattern is None else pattern
+    kv_lens, kv_heads, seeds = (
+        st.integers(min_len, max_len),
+        st.integers(1, 3),
+        st.integers(0, 2**20),
+    )
+    batch, group, width = map(st.sampled_from, (batches, groups, widths))
+    scale = st.sampled_from(scales)
 
     @st.composite
     def build(draw: st.DrawFn) -> Case:
-        kv_len = draw(st.integers(1, max_len))
+        kv_len, qk_dim = draw(kv_lens), draw(width)
         return Case(
             pattern=draw(pattern),
-            batch=draw(st.integers(1, 2)),
-            kv_heads=draw(st.integers(1, 3)),
-            group=draw(st.integers(1, 2)),
-            q_len=draw(st.integers(1, kv_len)),
+            batch=draw(batch),
+            kv_heads=draw(kv_heads),
+            group=draw(group),
+            q_len=kv_len if draw(st.booleans()) else draw(st.integers(min_len, kv_len)),
             kv_len=kv_len,
-            qk_dim=draw(st.integers(1, 5)),
-            v_dim=draw(st.integers(1, 5)),
-            scale=draw(st.sampled_from((1 / math.sqrt(4), 1.3, -0.6, 0.0))),
-            seed=draw(st.integers(0, 2**20)),
+            qk_dim=qk_dim,
+            v_dim=qk_dim if draw(st.booleans()) else draw(width),
+            scale=draw(scale),
+            seed=draw(seeds),
         )
 
     return build()
@@ -193,15 +256,40 @@ def both(
     pattern: Pattern,
     backend: str = "auto",
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp."""
-    pair = attention(query, key, value, pattern, scale=scale, return_lse=True, backend=backend)
+    """Return output and log-sum-exp."""
+    pair = attention(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        dropout_p=dropout_p,
+        return_lse=True,
+        backend=backend,
+    )
     assert isinstance(pair, tuple)
     return pair
 
 
+def output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    backend: str = "auto",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Return the output of a call that asks for no log-sum-exp."""
+    out = attention(query, key, value, pattern, scale=scale, dropout_p=dropout_p, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
+
+
 def backpropagate(pair: tuple[Tensor, Tensor], leaves: Leaves, inputs: Inputs) -> Results:
-    """The pair with the gradients of sum(out · grad_out) + sum(lse · grad_lse).
+    """Return the pair with the gradients of sum(out · grad_out) + sum(lse · grad_lse).
 
     The gradient of a row's lse arrives even where the row reads nothing: it must be dropped there.
     """
@@ -214,13 +302,22 @@ def backpropagate(pair: tuple[Tensor, Tensor], leaves: Leaves, inputs: Inputs) -
 
 
 def attend(case: Case, inputs: Inputs, backend: str) -> Results:
-    """What a backend makes of the inputs, forward and backward."""
+    """Return the results of a backend."""
     leaves = inputs.leaves()
     return backpropagate(both(*leaves, case.pattern, backend, case.scale), leaves, inputs)
 
 
 def attend_by_loops(case: Case, inputs: Inputs) -> Results:
-    """What the definition makes of the inputs, forward and backward."""
+    """Return the results of the definition in float64, one query at a time."""
+    inputs = inputs.double()
     leaves = inputs.leaves()
     pair = oracle.loop_attention(*leaves, case.mask(), case.scale)
+    return backpropagate(pair, leaves, inputs)
+
+
+def attend_by_products(case: Case, inputs: Inputs) -> Results:
+    """Return the results of the definition in float64, by dense products: faster than loops."""
+    inputs = inputs.double()
+    leaves = inputs.leaves()
+    pair = oracle.dense_attention(*leaves, case.mask(), case.scale)
     return backpropagate(pair, leaves, inputs)

@@ -1,6 +1,7 @@
-"""What is right, from the definition alone: plain loops over plain sets, no code of the package.
+"""The definition, written a second time: plain sets and plain loops, no code of the package.
 
-The sets are written once more from Child et al. 2019 (arXiv:1904.10509), sections 4 and 5.
+The sets are those of Child et al. 2019 (arXiv:1904.10509), sections 4 and 5. The loops read like
+the formula; the dense products give the same numbers faster, and the loops are the test of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def fixed_set(
     part: str = "merged",
     causal: bool = True,
 ) -> set[int]:
-    """The positions that position i of n reads."""
+    """Return the positions that position i of n reads."""
     g = head - subblocks * (head // subblocks)
     candidates = [j for j in range(n) if j <= i or not causal]
     own = {j for j in candidates if math.floor(j / stride) == math.floor(i / stride)}
@@ -32,24 +33,24 @@ def fixed_set(
 
 
 def strided_set(i: int, n: int, stride: int, part: str = "merged") -> set[int]:
-    """The positions that position i of n reads; the paper's A1 has stride + 1 keys."""
+    """Return the positions that position i of n reads; the paper's A1 has stride + 1 keys."""
     local = set(range(max(0, i - stride), i + 1))
     column = {i - stride * steps for steps in range(n)} & set(range(n))
     return {"merged": local | column, "local": local, "summary": column}[part]
 
 
 def local_set(i: int, n: int, window: int) -> set[int]:
-    """The positions that position i of n reads."""
+    """Return the positions that position i of n reads."""
     return {j for j in range(n) if i - window < j <= i}
 
 
 def full_set(i: int, n: int, causal: bool = True) -> set[int]:
-    """The positions that position i of n reads."""
+    """Return the positions that position i of n reads."""
     return {j for j in range(n) if j <= i or not causal}
 
 
 def mask_of_sets(n: int, heads: int, read: Callable[[int, int], set[int]]) -> Tensor:
-    """[heads, n, n] from the sets read(head, i), row by row."""
+    """Return [heads, n, n], drawn row by row from the sets read(head, i)."""
     mask = torch.zeros(heads, n, n, dtype=torch.bool)
     for head in range(heads):
         for i in range(n):
@@ -57,21 +58,29 @@ def mask_of_sets(n: int, heads: int, read: Callable[[int, int], set[int]]) -> Te
     return mask
 
 
-def fixed_mask(n: int, heads: int, **pattern: object) -> Tensor:
-    """[heads, n, n] of a fixed pattern."""
-    return mask_of_sets(
-        n,
-        heads,
-        lambda head, i: fixed_set(i, n, head=head, **pattern),
-    )
+def fixed_mask(
+    n: int,
+    heads: int,
+    stride: int,
+    summary: int,
+    subblocks: int = 1,
+    part: str = "merged",
+    causal: bool = True,
+) -> Tensor:
+    """Return the mask [heads, n, n] of a fixed pattern."""
+
+    def read(head: int, i: int) -> set[int]:
+        return fixed_set(i, n, stride, summary, head, subblocks, part, causal)
+
+    return mask_of_sets(n, heads, read)
 
 
 def loop_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention one query at a time over the keys of its set; mask is [kv_heads, q_len, kv_len].
+    """Return output and log-sum-exp, one query at a time over the keys of its set.
 
-    Differentiable, in whatever type the inputs have.
+    The mask is [kv_heads, q_len, kv_len]. Differentiable, in whatever type the inputs have.
     """
     batch, heads, q_len, _ = query.shape
     group = heads // key.shape[1]
@@ -91,3 +100,25 @@ def loop_attention(
                 lses.append(peak + torch.log(weights.sum()))
     out = torch.stack(outs).reshape(batch, heads, q_len, -1)
     return out, torch.stack(lses).reshape(batch, heads, q_len)
+
+
+def dense_weights(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return softmax(scale · q kᵀ), [batch, heads, q_len, kv_len], and the scores' log-sum-exp.
+
+    Both under the mask [kv_heads, q_len, kv_len]; a query that reads nothing has weights of 0.
+    """
+    group = query.shape[1] // key.shape[1]
+    mask = mask.repeat_interleave(group, 0)
+    empty = ~mask.any(-1, keepdim=True)
+    scores = scale * query @ key.repeat_interleave(group, 1).mT
+    scores = scores.masked_fill(~mask, -math.inf).masked_fill(empty, 0.0)
+    weights = scores.softmax(-1).masked_fill(~mask, 0.0)
+    return weights, scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return what `loop_attention` returns, by dense products."""
+    weights, lse = dense_weights(query, key, mask, scale)
+    return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1), lse

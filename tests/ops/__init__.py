@@ -1,1 +1,1 @@
-"""Tests of the operation and of its backends."""
+"""Tests of the public operations over every backend."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from colonnade import FixedPattern, FullPattern, Pattern, StridedPattern, attention
+from colonnade import FixedPattern, FullPattern, Pattern, StridedPattern
 from colonnade.nn import SelfAttention
-from colonnade.ops import attention_varlen
-from tests.cases import EXAMPLES, Case, each_pattern
+from tests.cases import EXAMPLES, Case, both, each_pattern, output
+from tests.oracle import dense_weights
+from tests.packing import cu_seqlens_of, packed, packed_case
 
 BACKENDS = ("eager", "reference")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -22,9 +23,7 @@ def _weights(case: Case, query: Tensor, key: Tensor, p: float, backend: str, see
     """The weights [B, H, q_len, kv_len] after dropout: the output where values are unit vectors."""
     torch.manual_seed(seed)
     unit = torch.eye(case.kv_len, dtype=query.dtype).expand(*key.shape[:2], -1, -1)
-    out = attention(query, key, unit, case.pattern, scale=case.scale, dropout_p=p, backend=backend)
-    assert isinstance(out, Tensor)
-    return out
+    return output(query, key, unit, case.pattern, backend, case.scale, p)
 
 
 @each_pattern
@@ -45,10 +44,7 @@ def test_a_weight_is_dropped_or_divided_by_what_is_kept(backend: str, pattern: P
 def test_the_log_sum_exp_is_that_before_dropout(backend: str, pattern: Pattern) -> None:
     case = Case(pattern)
     inputs = case.inputs()[:3]
-    plain, dropped = (
-        attention(*inputs, pattern, dropout_p=p, return_lse=True, backend=backend)[1]
-        for p in (0.0, 0.5)
-    )
+    plain, dropped = (both(*inputs, pattern, backend, dropout_p=p)[1] for p in (0.0, 0.5))
     assert torch.equal(plain, dropped)
 
 
@@ -63,18 +59,15 @@ def test_gradients_are_those_of_the_weights_that_were_kept(pattern: Pattern) -> 
     )
     kept = factor.nan_to_num(0.0).detach()
     torch.manual_seed(5)
-    out = attention(query, key, value, pattern, scale=case.scale, dropout_p=0.3, backend="eager")
+    out = output(query, key, value, pattern, "eager", case.scale, 0.3)
     found = torch.autograd.grad(out, (query, key, value), inputs.grad_out)
 
-    mask = case.mask().repeat_interleave(case.group, 0)
-    keys, values = (t.repeat_interleave(case.group, 1) for t in (key, value))
-    scores = (case.scale * query @ keys.mT).masked_fill(~mask, -math.inf)
-    weights = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)
-    expected_out = (weights.nan_to_num(0.0) * kept) @ values
+    weights, _ = dense_weights(query, key, case.mask(), case.scale)
+    expected_out = (weights * kept) @ value.repeat_interleave(case.group, 1)
     expected = torch.autograd.grad(expected_out, (query, key, value), inputs.grad_out)
     torch.testing.assert_close(out, expected_out)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other.nan_to_num(0.0))
+        torch.testing.assert_close(one, other)
 
 
 @each_pattern
@@ -83,7 +76,7 @@ def test_everything_dropped_gives_zero(backend: str, pattern: Pattern) -> None:
     case = Case(pattern)
     inputs = case.inputs()
     leaves = inputs.leaves()
-    out = attention(*leaves, pattern, dropout_p=1.0, backend=backend)
+    out = output(*leaves, pattern, backend, dropout_p=1.0)
     grads = torch.autograd.grad(out, leaves, inputs.grad_out)
     assert all((t == 0).all() for t in (out, *grads))
 
@@ -127,9 +120,7 @@ def test_heads_rows_and_calls_drop_different_weights() -> None:
     key = torch.zeros(2, 2, 32, 4, dtype=torch.float64)
     torch.manual_seed(0)
     unit = torch.eye(32, dtype=torch.float64).expand(2, 2, -1, -1)
-    calls = [
-        attention(query, key, unit, case.pattern, dropout_p=0.5, backend="eager") for _ in range(2)
-    ]
+    calls = [output(query, key, unit, case.pattern, "eager", dropout_p=0.5) for _ in range(2)]
     every = [t == 0 for out in calls for row in out for t in row]
     for first in range(len(every)):
         for second in range(first):
@@ -139,16 +130,16 @@ def test_heads_rows_and_calls_drop_different_weights() -> None:
 @pytest.mark.parametrize("pattern", [FixedPattern(4, 1), StridedPattern(4)], ids=str)
 def test_documents_drop_their_own_weights(pattern: Pattern) -> None:
     """And forward and backward agree: the gradient of a linear function is the function."""
-    query, key = torch.randn(2, 30, 2, 4, dtype=torch.float64)
-    value = torch.randn(30, 2, 3, dtype=torch.float64, requires_grad=True)
-    cu_seqlens = torch.tensor([0, 10, 10, 20, 30])
+    lengths = (10, 0, 10, 10)
+    query, key, value = packed_case(Case(pattern), lengths).inputs()[:3]
+    value.requires_grad_()
+    cu_seqlens = cu_seqlens_of(lengths)
     torch.manual_seed(1)
-    out = attention_varlen(query, key, value, cu_seqlens, pattern, dropout_p=0.4)
-    assert isinstance(out, Tensor)
+    out, _ = packed(query, key, value, cu_seqlens, pattern, dropout_p=0.4)
     weight = torch.randn_like(out)
     (grad,) = torch.autograd.grad((out * weight).sum(), value)
     torch.testing.assert_close((grad * value).sum(), (out * weight).sum())
-    plain = attention_varlen(query, key, value, cu_seqlens, pattern)
+    plain, _ = packed(query, key, value, cu_seqlens, pattern)
     assert not torch.equal(plain, out)
 
 

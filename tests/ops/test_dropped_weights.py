@@ -23,8 +23,6 @@ from colonnade import (
     LocalPattern,
     Pattern,
     StridedPattern,
-    attention,
-    attention_varlen,
 )
 from tests.cases import (
     EXAMPLES,
@@ -32,9 +30,13 @@ from tests.cases import (
     Inputs,
     Leaves,
     backpropagate,
+    both,
     cases,
     each_pattern,
+    output,
 )
+from tests.oracle import dense_weights
+from tests.packing import cu_seqlens_of, packed
 from tests.rounding import check
 
 Pair = tuple[Tensor, Tensor]
@@ -42,45 +44,28 @@ SEED = 11
 
 
 def _run(case: Case, query: Tensor, key: Tensor, value: Tensor, p: float, backend: str) -> Pair:
-    """Output and log-sum-exp; the same weights dropped at every call."""
+    """Return output and log-sum-exp; the same weights are dropped at every call."""
     torch.manual_seed(SEED)
-    options = {"scale": case.scale, "dropout_p": p, "return_lse": True, "backend": backend}
-    pair = attention(query, key, value, case.pattern, **options)
-    assert isinstance(pair, tuple)
-    return pair
+    return both(query, key, value, case.pattern, backend, case.scale, p)
 
 
 def _packed_run(lengths: list[int]) -> Callable[..., Pair]:
-    """The same for documents of these lengths, in the layout of `attention`."""
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    """Return the same for documents of these lengths, in the layout of `attention`."""
+    cu_seqlens = cu_seqlens_of(lengths)
 
     def run(case: Case, query: Tensor, key: Tensor, value: Tensor, p: float, backend: str) -> Pair:
         torch.manual_seed(SEED)
-        pair = attention_varlen(
-            *(t[0].transpose(0, 1) for t in (query, key, value)),
-            cu_seqlens,
-            case.pattern,
-            scale=case.scale,
-            dropout_p=p,
-            return_lse=True,
-            backend=backend,
-        )
-        assert isinstance(pair, tuple)
-        return pair[0].transpose(0, 1)[None], pair[1][None]
+        options = {"scale": case.scale, "dropout_p": p, "backend": backend}
+        out, lse = packed(query, key, value, cu_seqlens, case.pattern, **options)
+        assert lse is not None
+        return out, lse
 
     return run
 
 
 def _weights(case: Case, query: Tensor, key: Tensor) -> Pair:
-    """[batch, heads, q_len, kv_len], dense, and the logarithm of what they were divided by."""
-    mask = case.mask().repeat_interleave(case.group, 0)
-    scores = case.scale * query @ key.repeat_interleave(case.group, 1).mT
-    scores = scores.masked_fill(~mask, -math.inf)
-    empty = ~mask.any(-1, keepdim=True)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~mask, 0.0)
-    return weights, scores.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(
-        empty[..., 0], -math.inf
-    )
+    """Return [batch, heads, q_len, kv_len] and the logarithm of what they were divided by."""
+    return dense_weights(query, key, case.mask(), case.scale)
 
 
 def _kept(case: Case, query: Tensor, key: Tensor, found: Tensor, p: float) -> Tensor:
@@ -143,10 +128,10 @@ def test_gradients_equal_differences_of_the_same_draws(pattern: Pattern) -> None
 def test_gradients_of_documents_equal_differences(pattern: Pattern) -> None:
     """Two documents of one length, which share a batch where there is no plan, and an empty one."""
     case = Case(pattern, batch=1, group=1, q_len=10, kv_len=10, qk_dim=1, v_dim=1)
-    packed = _packed_run([2, 6, 0, 2])
+    packed_run = _packed_run([2, 6, 0, 2])
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Pair:
-        out, lse = packed(case, query, key, value, 0.4, "eager")
+        out, lse = packed_run(case, query, key, value, 0.4, "eager")
         return out, lse.masked_fill(lse.isinf(), 0.0)
 
     assert torch.autograd.gradcheck(run, case.inputs().leaves(), fast_mode=True)
@@ -159,8 +144,8 @@ def test_documents_drop_weights_within_documents() -> None:
     query, key = case.inputs()[:2]
     unit = torch.eye(19, dtype=torch.float64).expand(1, 2, -1, -1)
     for pattern in (FullPattern(), StridedPattern(1), FixedPattern(9, 1)):
-        packed = replace(case, pattern=pattern)
-        rows = _packed_run(lengths)(packed, query, key, unit, 0.5, "eager")[0]
+        of_pattern = replace(case, pattern=pattern)
+        rows = _packed_run(lengths)(of_pattern, query, key, unit, 0.5, "eager")[0]
         document = torch.tensor([0] * 5 + [2] * 9 + [3] * 5)
         inside = (document[:, None] == document).tril().expand_as(rows)
         assert (rows[~inside] == 0).all()
@@ -196,10 +181,7 @@ def test_every_weight_is_dropped_by_a_draw_of_its_own(
     calls = 750
     unit = torch.eye(5, dtype=torch.float64).expand(2, 2, -1, -1)
     torch.manual_seed(0)
-    rows = [
-        attention(query, key, unit, pattern, dropout_p=p, backend=backend)[read]
-        for _ in range(calls)
-    ]
+    rows = [output(query, key, unit, pattern, backend, dropout_p=p)[read] for _ in range(calls)]
     deviation = (torch.stack(rows) != 0).double() - (1 - p)
     t = math.sqrt(math.log(2 / 1e-11) / (2 * calls))
     assert t < p * (1 - p)
@@ -226,13 +208,12 @@ def test_the_mean_over_many_calls_is_the_output_without_dropout(pattern: Pattern
     case = Case(pattern, q_len=13, kv_len=13)
     query, key, value = case.inputs()[:3]
     p, calls, value = 0.3, 200, value.abs()
-    plain = attention(query, key, value, pattern, scale=case.scale)
-    assert isinstance(plain, Tensor)
+    plain = output(query, key, value, pattern, scale=case.scale)
     assert plain.numel() == 312
     torch.manual_seed(0)
     total = torch.zeros_like(plain)
     for _ in range(calls):
-        total += attention(query, key, value, pattern, scale=case.scale, dropout_p=p)
+        total += output(query, key, value, pattern, scale=case.scale, dropout_p=p)
     weights = _weights(case, query, key)[0] / (1 - p)
     squares = weights.square() @ value.square().repeat_interleave(case.group, 1)
     t = (squares * math.log(2 / 1e-10) / (2 * calls)).sqrt()
@@ -264,11 +245,10 @@ def test_drawing_disturbs_no_other_draw() -> None:
     case = Case()
     leaves = case.inputs().leaves()
     state = torch.get_rng_state()
-    attention(*leaves, case.pattern)
+    output(*leaves, case.pattern)
     assert torch.equal(torch.get_rng_state(), state)
     for pattern in (FixedPattern(4, 1), StridedPattern(4), FullPattern()):
-        out = attention(*leaves, pattern, dropout_p=0.5)
-        assert isinstance(out, Tensor)
+        out = output(*leaves, pattern, dropout_p=0.5)
         drawn = torch.get_rng_state()
         assert not torch.equal(drawn, state)
         out.sum().backward()
@@ -282,6 +262,5 @@ def test_auto_takes_a_backend_that_drops(pattern: Pattern) -> None:
     query, key, value = case.inputs(torch.float32)[:3]
     auto, eager = (_run(case, query, key, value, 0.5, name)[0] for name in ("auto", "eager"))
     assert torch.equal(auto, eager)
-    plain = attention(query, key, value, pattern, scale=case.scale)
-    assert isinstance(plain, Tensor)
+    plain = output(query, key, value, pattern, scale=case.scale)
     assert not torch.equal(auto, plain)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colonnade import FixedPattern, FullPattern, Pattern, attention
-from tests.cases import Case, Inputs, attend, both, cases, each_pattern, fixed_patterns
+from colonnade import FixedPattern, FullPattern, Pattern
+from tests.cases import Case, Inputs, attend, both, cases, each_pattern, fixed_patterns, output
 
 BACKENDS = ("eager", "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +73,7 @@ def test_a_key_moves_no_row_that_does_not_read_it(
     before = _attend(case, inputs, backend)
     after = _attend(case, inputs._replace(key=key, value=value), backend)
     readers = torch.zeros(before[1].shape, dtype=torch.bool)
-    readers[0, head * case.group : (head + 1) * case.group] = case.mask()[head, :, j]
+    readers[0, case.queries_of(head)] = case.mask()[head, :, j]
     assert _equal_where(~readers, after, before)
     if readers.any():
         assert (after[0] != before[0])[readers].any()
@@ -96,17 +96,6 @@ def test_a_bad_query_touches_its_row_only(bad: float, case: Case, data: st.DataO
         assert after[0][0, head, i].isnan().all()
 
 
-def _within_reach(case: Case, head: int, j: int) -> Tensor:
-    """[q_len], the queries that a bad key j may touch: all of its own block, and its readers."""
-    positions = torch.arange(case.kv_len - case.q_len, case.kv_len)
-    readers = case.mask()[head, :, j]
-    if isinstance(case.pattern, FixedPattern):
-        return readers | (positions // case.pattern.stride == j // case.pattern.stride)
-    if isinstance(case.pattern, FullPattern):
-        return torch.ones_like(readers)  # the sequence is one block
-    return readers
-
-
 @settings(max_examples=100)
 @given(case=cases(), data=st.data())
 @pytest.mark.parametrize("of", ["key", "value"])
@@ -127,8 +116,8 @@ def test_a_bad_key_touches_its_block_and_its_readers_only(
     before = _attend(case, inputs, "eager")
     after = _attend(case, inputs._replace(**{of: tensor}), "eager")
     touched = torch.zeros(before[1].shape, dtype=torch.bool)
-    group = slice(head * case.group, (head + 1) * case.group)
-    touched[0, group] = _within_reach(case, head, j)
+    group = case.queries_of(head)
+    touched[0, group] = case.reach(head, j)
     assert _equal_where(~touched, after, before)
     readers = case.mask()[head, :, j]
     if of == "value":
@@ -151,14 +140,14 @@ def test_full_attention_without_the_lse_keeps_bad_numbers_too(
     position = data.draw(st.integers(0, case.kv_len - 1), label="position")
     tensor[0, head, position] = bad
     before, after = (
-        attention(*tensors, case.pattern, scale=case.scale, backend="eager")
+        output(*tensors, case.pattern, "eager", case.scale)
         for tensors in (inputs[:3], inputs._replace(**{of: tensor})[:3])
     )
     untouched = torch.ones(before.shape[:3], dtype=torch.bool)
     if of == "query":
         untouched[0, head, position] = False
     else:
-        untouched[0, head * case.group : (head + 1) * case.group] = False
+        untouched[0, case.queries_of(head)] = False
     assert torch.equal(after[untouched], before[untouched])
 
 
@@ -175,5 +164,5 @@ def test_empty_inputs_give_empty_results(
     assert found.grad_query.shape == (batch, 4, q_len, 4)
     assert torch.equal(found.grad_key, torch.zeros(batch, 2, kv_len, 4, dtype=torch.float64))
     assert torch.equal(found.grad_value, torch.zeros(batch, 2, kv_len, 3, dtype=torch.float64))
-    out = attention(*case.inputs()[:3], pattern, backend=backend)
+    out = output(*case.inputs()[:3], pattern, backend)
     assert out.shape == (batch, 4, q_len, 3)

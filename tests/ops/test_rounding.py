@@ -5,29 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
-from colonnade import FullPattern, Pattern, attention
+from colonnade import FullPattern, Pattern
 from tests.cases import (
     Case,
-    Inputs,
     Results,
     attend,
-    attend_by_loops,
+    attend_by_products,
     backpropagate,
     both,
     cases,
     each_pattern,
+    output,
     patterns,
 )
 from tests.rounding import check
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _in_float64(inputs: Inputs) -> Inputs:
-    """The same numbers, already rounded, in float64."""
-    return Inputs(*(t.double() for t in inputs))
 
 
 def _check_dtypes(results: Results, dtype: torch.dtype) -> None:
@@ -41,7 +35,7 @@ def _check_dtypes(results: Results, dtype: torch.dtype) -> None:
 @given(case=cases())
 def test_short_sequences_against_the_definition(dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
-    expected = attend_by_loops(case, _in_float64(inputs))
+    expected = attend_by_products(case, inputs)
     for backend in ("eager", "reference"):
         found = attend(case, inputs, backend)
         _check_dtypes(found, dtype)
@@ -54,7 +48,7 @@ def test_short_sequences_against_the_definition(dtype: torch.dtype, case: Case) 
 def test_longer_sequences_against_float64(dtype: torch.dtype, case: Case) -> None:
     """Here rows read up to a hundred keys: a weight rounded to half precision would show."""
     inputs = case.inputs(dtype)
-    expected = attend(case, _in_float64(inputs), "reference")
+    expected = attend(case, inputs.double(), "reference")
     check(case, inputs, attend(case, inputs, "eager"), expected)
 
 
@@ -65,10 +59,9 @@ def test_full_attention_without_the_lse_against_float64(dtype: torch.dtype, caus
     case = Case(FullPattern(causal), 1, q_len=600, kv_len=600, qk_dim=8, v_dim=8, scale=0.5)
     inputs = case.inputs(dtype)
     inputs = inputs._replace(grad_lse=torch.zeros_like(inputs.grad_lse))
-    expected = attend(case, _in_float64(inputs), "eager")
+    expected = attend_by_products(case, inputs)
     leaves = inputs.leaves()
-    out = attention(*leaves, case.pattern, scale=case.scale, backend="eager")
-    assert isinstance(out, Tensor)
+    out = output(*leaves, case.pattern, "eager", case.scale)
     found = backpropagate((out, expected.lse.to(dtype)), leaves, inputs)
     check(case, inputs, found, expected._replace(lse=found.lse.double()))
 
@@ -81,7 +74,7 @@ def test_large_scores_neither_overflow_nor_lose_the_maximum(
     """Scores in the hundreds: exp overflows float32 beyond 88 unless the peak is taken off."""
     case = Case(pattern, scale=60.0)
     inputs = case.inputs(dtype)
-    expected = attend_by_loops(case, _in_float64(inputs))
+    expected = attend_by_products(case, inputs)
     assert expected.lse.max() > 100
     found = attend(case, inputs, "eager")
     assert all(t.isfinite().all() for t in (found.out, *found[2:]))

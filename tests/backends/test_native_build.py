@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import colonnade
 from colonnade.backends.native import build
+from tests.backends.fresh import Report, start
 
 why_not = colonnade.backends()["native"]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=f"native {why_not}")
 
-REPORT = """
-import json, torch, colonnade
-query = torch.randn(1, 1, 6, 4)
-pattern = colonnade.FixedPattern(4, 1)
-try:
-    colonnade.attention(query, query, query, pattern, backend="native")
-    asked = None
-except NotImplementedError as error:
-    asked = str(error)
-why = colonnade.backends()["native"]
-chosen = colonnade.explain(query, query, query, pattern).backend
-colonnade.attention(query, query, query, pattern)
-print(json.dumps({"why": why, "asked": asked, "chosen": chosen}))
-"""
-
-
-def _start(cache: Path, **environment: str) -> subprocess.Popen[str]:
-    """A fresh process that tries the backend, and prints what it found."""
-    return subprocess.Popen(
-        [sys.executable, "-c", REPORT],
-        env=os.environ | {"COLONNADE_CACHE": str(cache)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def _result(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found, err
-
 
 def _compiler(folder: Path, what: str) -> str:
-    """A script in place of a compiler: it does `what` with "$out", the file to be written."""
+    """Return a script instead of a compiler: it does `what` with "$out", the file to write."""
     script = folder / "compiler"
     script.write_text(
         "#!/bin/sh\n"
@@ -70,7 +31,7 @@ def _compiler(folder: Path, what: str) -> str:
 
 
 def _copy_library() -> str:
-    """What a compiler would do, done by copying what it did before."""
+    """Return the command that copies what the true compiler wrote before."""
     return f'cp "{build.library_path()}" "$out"'
 
 
@@ -86,80 +47,78 @@ def test_where_it_cannot_run_it_says_why(
     environment: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
     """In backends() and in the error of who asked for it by name; "auto" takes eager."""
-    found, _ = _result(_start(tmp_path, **environment))
-    assert found["chosen"] == "eager"
-    assert found["why"] is not None
-    for said in (found["why"], found["asked"]):
+    found = start(tmp_path, **environment).report()
+    assert found.chosen == "eager"
+    assert found.why is not None
+    assert found.asked is not None
+    for said in (found.why, found.asked):
         assert re.search(reason, said)
-    assert found["asked"].endswith("Use backend='eager'.")
+    assert found.asked.endswith("Use backend='eager'.")
 
 
 def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
     """Its last lines; nothing is left in the cache."""
     compiler = _compiler(tmp_path, "echo 'error: no such header' >&2; exit 3")
-    found, _ = _result(_start(tmp_path / "cache", CXX=compiler))
-    assert "ended with 3, saying\nerror: no such header" in found["why"]
-    assert found["chosen"] == "eager"
+    found = start(tmp_path / "cache", CXX=compiler).report()
+    assert "ended with 3, saying\nerror: no such header" in str(found.why)
+    assert found.chosen == "eager"
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     compiler = _compiler(tmp_path, 'echo "not a library" >"$out"')
-    found, _ = _result(_start(tmp_path / "cache", CXX=compiler))
-    assert "could not load what it built" in found["why"]
-    assert "Delete" in found["why"]
-    assert found["chosen"] == "eager"
+    found = start(tmp_path / "cache", CXX=compiler).report()
+    assert "could not load what it built" in str(found.why)
+    assert "Delete" in str(found.why)
+    assert found.chosen == "eager"
 
 
 def test_it_is_built_once_and_says_so_in_one_line(tmp_path: Path) -> None:
     compiler = _compiler(tmp_path, _copy_library())
-    found, said = _result(_start(tmp_path / "cache", CXX=compiler))
-    assert found == {"why": None, "asked": None, "chosen": "native"}
-    assert len(said.splitlines()) == 1
-    assert "Compiling the native kernel" in said
+    found = start(tmp_path / "cache", CXX=compiler).report()
+    assert found == Report(why=None, asked=None, chosen="native", said=found.said)
+    assert len(found.said.splitlines()) == 1
+    assert "Compiling the native kernel" in found.said
     (library,) = (tmp_path / "cache").iterdir()
-    found, said = _result(_start(tmp_path / "cache", CXX=compiler))
-    assert found["chosen"] == "native"
-    assert said == ""
+    again = start(tmp_path / "cache", CXX=compiler).report()
+    assert again == Report(why=None, asked=None, chosen="native", said="")
     assert list((tmp_path / "cache").iterdir()) == [library]
 
 
 def test_a_killed_builder_is_in_nobodys_way(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     slow = _compiler(tmp_path, 'echo half >"$out"; sleep 600')
-    victim = _start(cache, CXX=slow)
+    victim = start(cache, CXX=slow)
     while not list(cache.glob("building-*/*.so")):
-        assert victim.poll() is None, victim.communicate()[1]
+        assert victim.process.is_alive()
         time.sleep(0.05)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.communicate()
-    found, _ = _result(_start(cache, CXX=_compiler(tmp_path, _copy_library())))
-    assert found["chosen"] == "native"
+    victim.kill()
+    found = start(cache, CXX=_compiler(tmp_path, _copy_library())).report()
+    assert found.chosen == "native"
 
 
 def test_several_builders_at_once(tmp_path: Path) -> None:
     compiler = _compiler(tmp_path, f"sleep 1; {_copy_library()}")
-    started = [_start(tmp_path / "cache", CXX=compiler) for _ in range(4)]
-    assert [_result(process)[0]["chosen"] for process in started] == ["native"] * 4
+    started = [start(tmp_path / "cache", CXX=compiler) for _ in range(4)]
+    assert [trial.report().chosen for trial in started] == ["native"] * 4
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_eight_real_builders_at_once(tmp_path: Path) -> None:
-    started = [_start(tmp_path / "cache") for _ in range(8)]
-    assert [_result(process)[0]["chosen"] for process in started] == ["native"] * 8
+    started = [start(tmp_path / "cache") for _ in range(8)]
+    assert [trial.report().chosen for trial in started] == ["native"] * 8
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_a_real_builder_killed_in_the_middle(tmp_path: Path) -> None:
-    victim = _start(tmp_path / "cache")
+    victim = start(tmp_path / "cache")
     while not list(tmp_path.glob("cache/building-*")):
         time.sleep(0.05)
     time.sleep(3)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.communicate()
-    assert _result(_start(tmp_path / "cache"))[0]["chosen"] == "native"
+    victim.kill()
+    assert start(tmp_path / "cache").report().chosen == "native"
 
 
 def test_what_it_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

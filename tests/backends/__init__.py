@@ -1,0 +1,1 @@
+"""Tests of the backends, each by itself."""

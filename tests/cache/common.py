@@ -1,0 +1,90 @@
+"""Patterns, sequences and the oracle's answer for the tests of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern
+from colonnade.ops.heads import Patterns, head_groups
+from tests.cases import EXAMPLES, mask_of
+from tests.oracle import dense_attention
+
+CAUSAL: dict[str, Patterns] = {
+    **{name: pattern for name, pattern in EXAMPLES.items() if pattern.causal},
+    "every column": FixedPattern(3, 3),
+    "stride 1": FixedPattern(1, 1),
+    "sub-blocks, summary": FixedPattern(6, 2, subblocks=3, part="summary"),
+    "window of 1": LocalPattern(1),
+    "multi-head": FixedPattern(4, 1).factors(),
+    "three runs": (LocalPattern(3), FullPattern(), FixedPattern(4, 2, part="summary")),
+}
+each_causal = pytest.mark.parametrize("pattern", CAUSAL.values(), ids=CAUSAL.keys())
+MERGED = FixedPattern(4, 1)
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def draw(seq_len: int, batch: int = 1, kv_heads: int = 3, group: int = 2) -> Triple:
+    """Return query, key and value in float64; values are narrower than keys."""
+    sizes = (kv_heads * group, 6), (kv_heads, 6), (kv_heads, 4)
+    query, key, value = (
+        torch.randn(batch, heads, seq_len, width, dtype=torch.float64) for heads, width in sizes
+    )
+    return query, key, value
+
+
+def each(change: Callable[[Tensor], Tensor], tensors: Triple) -> Triple:
+    """Return query, key and value, each changed."""
+    query, key, value = map(change, tensors)
+    return query, key, value
+
+
+def span(tensors: Triple, begin: int, end: int | None = None) -> Triple:
+    """Return the positions from `begin` to `end`."""
+    return each(lambda t: t[:, :, begin:end], tensors)
+
+
+def joined(first: Triple, second: Triple) -> Triple:
+    """Return one sequence after the other."""
+    query, key, value = (torch.cat(pair, 2) for pair in zip(first, second, strict=True))
+    return query, key, value
+
+
+def whole(pattern: Patterns, tensors: Triple, first: int = 0) -> Tensor:
+    """Return the oracle's output from query `first` on, run of heads by run of heads."""
+    query, key, value = tensors
+    group, scale = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
+    outs = []
+    for of_run, begin, stop in head_groups(pattern, key.shape[1]):
+        mask = mask_of(of_run, key.shape[2], stop - begin)[:, first:]
+        q, k, v = query[:, begin * group : stop * group], key[:, begin:stop], value[:, begin:stop]
+        outs.append(dense_attention(q[:, :, first:], k, v, mask, scale)[0])
+    return torch.cat(outs, 1)
+
+
+def parts(tensors: Triple, chunks: list[int]) -> Iterator[Triple]:
+    """Yield a sequence chunk by chunk."""
+    yield from zip(*(t.split(chunks, 2) for t in tensors), strict=True)
+
+
+def decode(cache: KVCache, tensors: Triple, chunks: list[int]) -> Tensor:
+    """Return the output of a sequence that a cache is given chunk by chunk."""
+    return torch.cat([cache.attend(*chunk) for chunk in parts(tensors, chunks)], 2)
+
+
+def decode_padded(cache: KVCache, tensors: Triple, tokens: Tensor, chunks: list[int]) -> Tensor:
+    """Return the same where only some positions are tokens, True in `tokens` [batch, seq]."""
+    masks = tokens.split(chunks, 1)
+    outs = [
+        cache.attend(*chunk, padding_mask=mask)
+        for chunk, mask in zip(parts(tensors, chunks), masks, strict=True)
+    ]
+    return torch.cat(outs, 2)
+
+
+def check_equal(found: Tensor, expected: Tensor) -> None:
+    """Assert that two results in float64 are equal but for a few roundings of numbers near 1."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
