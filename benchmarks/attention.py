@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from colonnade import FixedPattern
-from colonnade.bench import (
-    Comparison,
-    Sizes,
-    ceiling,
-    compare,
-    contenders,
-    flex,
-    masked_fits,
-    peak,
-)
+from colonnade.bench.flex import compare_tiles
+from colonnade.bench.memory import masked_fits, peak
+from colonnade.bench.timing import Comparison, Sizes, ceiling, compare, contenders
 from colonnade.info import info
 
 HERE = Path(__file__).parent
@@ -74,7 +67,7 @@ def measure_flex(length: int) -> list[dict[str, Any]]:
             sizes = Sizes(seq_len=length, dtype=dtype)
             tiles = {
                 tile: asdict(each) if isinstance(each, Comparison) else each
-                for tile, each in flex(sizes, gathered).items()
+                for tile, each in compare_tiles(sizes, gathered).items()
             }
             found.append({"sizes": asdict(sizes), "gathered": gathered, "tiles": tiles})
     return found

@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.cache_utils import Cache
 
 from colonnade import FixedPattern, KVCache
-from colonnade.bench import Comparison, compare
+from colonnade.bench.timing import Comparison, compare
 from colonnade.hf import (
     FixedCache,
     SparseTransformerConfig,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from colonnade import attention, attention_varlen
-from colonnade.bench import Sizes, compare
+from colonnade.bench.timing import Sizes, compare
 from colonnade.info import info
 
 DOCUMENTS, LENGTH = 64, 1_024

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from colonnade.bench import Comparison, Sizes, compare, contenders
+from colonnade.bench.timing import Comparison, Sizes, compare, contenders
 from colonnade.info import info
 
 LENGTHS = (256, 512, 1_024)

@@ -1,4 +1,4 @@
-"""`bench` and `info`: how fast this machine is, and what it has."""
+"""`bench` and `info`: how fast attention is on this machine, and what the machine has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from colonnade.cli import options
 from colonnade.cli.common import (
     EXTRAS,
     app,
@@ -24,46 +25,49 @@ from colonnade.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from colonnade.bench import Comparison, Sizes
+    from colonnade.bench.timing import Comparison, Sizes
     from colonnade.info import Info
 
 
 @app.command()
 def bench(
-    length: Annotated[int, typer.Option(help="Positions n of a sequence.")] = 16384,
-    stride: Annotated[int, typer.Option(help="Length l of a block.")] = 128,
-    summary: Annotated[int, typer.Option(help="Summary columns c of a block.")] = 8,
-    part: Annotated[str, typer.Option(help="merged, local or summary.")] = "merged",
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key/value heads. Default: as many as query heads.")
-    ] = None,
+    length: options.Length = 16384,
+    stride: options.Stride = 128,
+    summary: options.Summary = 8,
+    part: options.Part = "merged",
+    batch: options.Batch = 1,
+    heads: options.Heads = 8,
+    kv_heads: options.KvHeads = None,
     head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    backward: Annotated[bool, typer.Option("--backward", help="The backward pass too.")] = False,
-    rounds: Annotated[int, typer.Option(help="How often each runs.")] = 9,
-    flex: Annotated[
-        bool, typer.Option("--flex", help="FlexAttention at its tiles too; minutes.")
+    dtype: Annotated[str, typer.Option(help="Type of the tensors: float32 or bfloat16.")] = (
+        "float32"
+    ),
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Time the backward pass too.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    rounds: Annotated[int, typer.Option(help="Number of times that each contender runs.")] = 9,
+    flex: Annotated[
+        bool,
+        typer.Option(
+            "--flex", help="Time FlexAttention at several tiles too: minutes, forward only."
+        ),
+    ] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Time the fixed pattern here, beside dense attention and the other ways to run it.
+    """Time the fixed pattern here, against dense attention and other ways to run it.
 
-    All run in turns in one process, so that a machine that changes its speed
-    does so for all. Shown are medians, with the fastest and the slowest; a
-    ratio is taken within each round.
+    All contenders run in turns in one process, so that a machine that changes
+    its speed changes it for all. The table shows medians, with the fastest
+    and the slowest run; ratios are taken within each round.
 
-    The ceiling is what the matrix products at the kernel's own tiles and the
-    exponentials take alone.
+    The ceiling is the time that the matrix products at the kernel's own tiles
+    and the exponentials take alone.
     """
     with one_line_for_mistakes():
-        from colonnade import bench as timing
+        from colonnade.bench import memory, timing
 
         at_least_one("length", length)
         at_least_one("rounds", rounds)
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got dtype={dtype!r}.")
         sizes = timing.Sizes(
             length,
             stride,
@@ -76,59 +80,66 @@ def bench(
             dtype,
             backward,
         )
-        sizes.pattern()
-        names = ["native", "eager", "dense"]
-        if timing.masked_fits(sizes):
-            names.append("masked")
-        found = timing.compare(timing.contenders(sizes, names), rounds)
-        limit = timing.ceiling(sizes)
-        tiles = timing.flex(sizes, rounds=rounds) if flex and not backward else {}
+        timing.check(sizes)
+    names = ["native", "eager", "dense", *(["masked"] if memory.masked_fits(sizes) else [])]
+    found = timing.compare(timing.contenders(sizes, names), rounds)
+    ceiling = timing.ceiling(sizes)
+    tiles: dict[str, Comparison | str] = {}
+    if flex and not backward:
+        from colonnade.bench.flex import compare_tiles
+
+        tiles = compare_tiles(sizes, rounds=rounds)
     if as_json:
         of_tiles = {
             tile: each if isinstance(each, str) else asdict(each) for tile, each in tiles.items()
         }
-        result = {"sizes": asdict(sizes), **asdict(found), "ceiling": limit, "flex": of_tiles}
+        result = {"sizes": asdict(sizes), **asdict(found), "ceiling": ceiling, "flex": of_tiles}
         typer.echo(json.dumps(result))
     else:
-        _print_times(sizes, found, limit, tiles)
+        _print_times(found, tiles)
+        _print_limits(sizes, found, ceiling)
 
 
-def _print_times(
-    sizes: Sizes, found: Comparison, limit: float, tiles: dict[str, Comparison | str]
-) -> None:
-    """What `bench` measured, as a table, and how far it is from the ceiling `limit`."""
-    from colonnade import bench as timing
-
+def _print_times(found: Comparison, tiles: dict[str, Comparison | str]) -> None:
+    """Print the time of each contender, and of FlexAttention at each tile that ran."""
     table = table_of("", "ms", "fastest", "slowest", "times native")
     rows = [(name, each, found.ratio.get(name)) for name, each in found.seconds.items()]
-    for tile, each in tiles.items():
-        if not isinstance(each, str):
-            rows.append((f"flex, {tile}", each.seconds["flex"], each.ratio["flex"]))
+    rows += [
+        (f"flex, {tile}", each.seconds["flex"], each.ratio["flex"])
+        for tile, each in tiles.items()
+        if not isinstance(each, str)
+    ]
     for name, seconds, ratio in rows:
         numbers = [f"{1e3 * s:.4g}" for s in (seconds.median, seconds.low, seconds.high)]
         table.add_row(name, *numbers, times(ratio.median) if ratio else "")
+    Console(highlight=False).print(table)
+
+
+def _print_limits(sizes: Sizes, found: Comparison, ceiling: float) -> None:
+    """Print why no mask was timed, if none was, and how far native is from the ceiling."""
+    from colonnade.bench.memory import MASKED_LIMIT, masked_bytes
+
     console = Console(highlight=False)
-    console.print(table)
     if "masked" not in found.seconds:
-        needed = f"{timing.masked_bytes(sizes) / 2**30:,.1f} GiB"
+        needed = f"{masked_bytes(sizes) / 2**30:,.1f} GiB"
         console.print(
             f"masked, attention under a boolean mask, is left out: it takes {needed}, and is timed "
-            f"up to n = {timing.MASKED_LIMIT:,} where memory holds it"
+            f"up to n = {MASKED_LIMIT:,} where memory holds it"
         )
-    share = limit / found.seconds["native"].median
-    console.print(f"ceiling {1e3 * limit:.4g} ms, of which native reaches {percent(share)}")
+    share = ceiling / found.seconds["native"].median
+    console.print(f"ceiling {1e3 * ceiling:.4g} ms, of which native reaches {percent(share)}")
 
 
 @app.command()
 def info(
     build: Annotated[
-        bool, typer.Option("--build", help="Build the native kernel now, if it never was.")
+        bool, typer.Option("--build", help="Build the native kernel now, if it is not built yet.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Say what colonnade runs on here: versions, processor, compiler, GPUs and backends.
+    """List what colonnade runs on here: versions, processor, compiler, GPUs and backends.
 
-    A report of a mistake or of a measurement can start with it; it names no folders.
+    Put it at the top of a bug report, or beside a measurement; it names no folders.
     """
     from colonnade.info import info as collect
 
@@ -143,6 +154,7 @@ def info(
 
 
 def _info_lines(found: Info) -> Iterator[tuple[str, str]]:
+    """Yield a name and a text for each line of the table."""
     for package, version in found.versions.items():
         missing = f"not installed: pip install 'colonnade[{EXTRAS.get(package, 'train')}]'"
         yield package, version or missing
