@@ -40,17 +40,16 @@ def compare_tiles(
     flags = ["--rounds", str(rounds), *(["--gathered"] if gathered else [])]
     found: dict[str, Comparison | str] = {}
     for queries, keys in TILES:
-        name = f"{queries} × {keys}"
-        arguments = json.dumps(asdict(sizes)), str(queries), str(keys), *flags
+        name, tile = f"{queries} × {keys}", ["--tile", str(queries), str(keys)]
         try:
-            found[name] = _read(last_line_of(__name__, *arguments))
+            found[name] = _read(last_line_of(__name__, json.dumps(asdict(sizes)), *tile, *flags))
         except NotImplementedError as error:
             found[name] = str(error)
     return found
 
 
 def _read(line: str) -> Comparison:
-    """Read a comparison from the line of JSON that `_main` prints."""
+    """Read a comparison from the line of JSON that this module prints."""
     read = json.loads(line)
     seconds, ratio = (
         {name: Spread(**spread) for name, spread in read[measure].items()}
@@ -77,28 +76,28 @@ def _compare_in_this_process(
         device="cpu",
         BLOCK_SIZE=tile,
     )
-    compiled = torch.compile(flex_attention, dynamic=False)
-    grouped = sizes.heads != sizes.kv_heads
-    run = partial(compiled, query, key, value, block_mask=mask, enable_gqa=grouped)
+    run = partial(
+        torch.compile(flex_attention, dynamic=False),
+        query,
+        key,
+        value,
+        block_mask=mask,
+        enable_gqa=sizes.heads != sizes.kv_heads,
+    )
     return compare({**contenders(sizes, ["native"]), "flex": run}, rounds)
 
 
-def _main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog="python -m colonnade.bench.flex",
         description="Time FlexAttention at one tile against native; print the comparison as JSON.",
     )
-    parser.add_argument("sizes", type=Sizes.from_json, help="fields of Sizes as a JSON object")
-    parser.add_argument("queries", type=int, help="queries of a tile")
-    parser.add_argument("keys", type=int, help="keys of a tile")
+    parser.add_argument("sizes", type=json.loads, help="fields of Sizes as a JSON object")
+    parser.add_argument("--tile", type=int, nargs=2, default=TILES[0], help="queries and keys")
     parser.add_argument("--gathered", action="store_true", help="gather the keys as native does")
     parser.add_argument("--rounds", type=int, default=9, help="number of times that each runs")
     given = parser.parse_args()
     found = _compare_in_this_process(
-        given.sizes, (given.queries, given.keys), given.gathered, given.rounds
+        Sizes(**given.sizes), tuple(given.tile), given.gathered, given.rounds
     )
     print(json.dumps(asdict(found)))
-
-
-if __name__ == "__main__":
-    _main()

@@ -30,8 +30,8 @@ def masked_bytes(sizes: Sizes) -> int:
 
 def masked_fits(sizes: Sizes) -> bool:
     """Whether attention under a boolean mask is short enough to be timed and has room."""
-    allowed = MASKED_SHARE * physical_memory()
-    return sizes.seq_len <= MASKED_LIMIT and masked_bytes(sizes) <= allowed
+    has_room = masked_bytes(sizes) <= MASKED_SHARE * physical_memory()
+    return has_room and sizes.seq_len <= MASKED_LIMIT
 
 
 def physical_memory() -> int:
@@ -54,8 +54,8 @@ def peak(sizes: Sizes, contender: str) -> int:
 
 
 def _peak_of_this_process(sizes: Sizes, contender: str) -> int:
-    small = replace(sizes, seq_len=min(1_024, sizes.seq_len))
-    contenders(small, [contender])[contender]()
+    warm_up = replace(sizes, seq_len=min(1_024, sizes.seq_len))
+    contenders(warm_up, [contender])[contender]()
     run = contenders(sizes, [contender])[contender]
     Path("/proc/self/clear_refs").write_text("5")  # The peak restarts from what is there now.
     before = _resident("VmRSS")
@@ -72,16 +72,13 @@ def _resident(entry: str) -> int:
     return 1024 * int(found[1])
 
 
-def _main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog="python -m colonnade.bench.memory",
         description="Print the bytes beyond inputs and results that one run needs at its peak.",
         epilog=f"Correct only in an environment with {ENVIRONMENT}.",
     )
-    parser.add_argument("sizes", type=Sizes.from_json, help="fields of Sizes as a JSON object")
+    parser.add_argument("sizes", type=json.loads, help="fields of Sizes as a JSON object")
     parser.add_argument("contender", choices=CONTENDERS)
-    print(_peak_of_this_process(**vars(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    _main()
+    given = parser.parse_args()
+    print(_peak_of_this_process(Sizes(**given.sizes), given.contender))

@@ -13,8 +13,12 @@ def last_line_of(module: str, *arguments: str, **environment: str) -> str:
     Raises:
         NotImplementedError: It failed; the message is the last line of its standard error.
     """
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
     if done.returncode != 0:
         raise NotImplementedError((done.stderr.splitlines() or ["it was killed"])[-1])
     return done.stdout.splitlines()[-1]

@@ -5,7 +5,6 @@ Each round runs every contender once, so that a machine that changes its speed c
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,11 +55,6 @@ class Sizes:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got dtype={self.dtype!r}.")
-
-    @classmethod
-    def from_json(cls, text: str) -> Sizes:
-        """Read a JSON object of fields; those that it leaves out keep their defaults."""
-        return cls(**json.loads(text))
 
     def pattern(self) -> FixedPattern:
         """Return the pattern of these sizes."""
@@ -178,5 +172,5 @@ def ceiling(sizes: Sizes) -> float:
     """
     like = torch.empty(0, dtype=getattr(torch, sizes.dtype))
     forward, backward = native.ceiling(like, sizes.head_dim, sizes.head_dim)
-    of_a_pair = forward + backward if sizes.backward else forward
-    return sizes.num_pairs() * of_a_pair / torch.get_num_threads()
+    busy = sizes.num_pairs() * (forward + backward if sizes.backward else forward)
+    return busy / torch.get_num_threads()

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colonnade.cli import options
+from colonnade.bench.memory import MASKED_LIMIT, masked_bytes, masked_fits
+from colonnade.bench.timing import Comparison, Sizes, ceiling, check, compare, contenders
 from colonnade.cli.common import (
     EXTRAS,
+    AsJson,
+    KvHeads,
     app,
-    at_least_one,
     one_line_for_mistakes,
     percent,
     size,
     table_of,
     times,
 )
-
-if TYPE_CHECKING:
-    from colonnade.bench.timing import Comparison, Sizes
-    from colonnade.info import Info
+from colonnade.info import Info
+from colonnade.info import info as collect
+from colonnade.pattern import check_count
 
 
 @app.command()
 def bench(
-    length: options.Length = 16384,
-    stride: options.Stride = 128,
-    summary: options.Summary = 8,
-    part: options.Part = "merged",
-    batch: options.Batch = 1,
-    heads: options.Heads = 8,
-    kv_heads: options.KvHeads = None,
+    length: Annotated[int, typer.Option(help="Number of positions n in a sequence.")] = 16384,
+    stride: Annotated[int, typer.Option(help="Length l of a block.")] = 128,
+    summary: Annotated[int, typer.Option(help="Number of summary columns c in a block.")] = 8,
+    part: Annotated[str, typer.Option(help="Part of the pattern: merged, local or summary.")] = (
+        "merged"
+    ),
+    batch: Annotated[int, typer.Option(help="Number of sequences in a batch.")] = 1,
+    heads: Annotated[int, typer.Option(help="Number of query heads.")] = 8,
+    kv_heads: KvHeads = None,
     head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
     dtype: Annotated[str, typer.Option(help="Type of the tensors: float32 or bfloat16.")] = (
         "float32"
@@ -52,7 +54,7 @@ def bench(
             "--flex", help="Time FlexAttention at several tiles too: minutes, forward only."
         ),
     ] = False,
-    as_json: options.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time the fixed pattern here, against dense attention and other ways to run it.
 
@@ -64,11 +66,9 @@ def bench(
     and the exponentials take alone.
     """
     with one_line_for_mistakes():
-        from colonnade.bench import memory, timing
-
-        at_least_one("length", length)
-        at_least_one("rounds", rounds)
-        sizes = timing.Sizes(
+        check_count("length", length, minimum=1)
+        check_count("rounds", rounds, minimum=1)
+        sizes = Sizes(
             length,
             stride,
             summary,
@@ -80,34 +80,36 @@ def bench(
             dtype,
             backward,
         )
-        timing.check(sizes)
-    names = ["native", "eager", "dense", *(["masked"] if memory.masked_fits(sizes) else [])]
-    found = timing.compare(timing.contenders(sizes, names), rounds)
-    ceiling = timing.ceiling(sizes)
+        check(sizes)
+    names = ["native", "eager", "dense", *(["masked"] if masked_fits(sizes) else [])]
+    found = compare(contenders(sizes, names), rounds)
+    limit = ceiling(sizes)
     tiles: dict[str, Comparison | str] = {}
     if flex and not backward:
-        from colonnade.bench.flex import compare_tiles
+        from colonnade.bench.flex import compare_tiles  # It loads PyTorch's compiler.
 
         tiles = compare_tiles(sizes, rounds=rounds)
     if as_json:
         of_tiles = {
             tile: each if isinstance(each, str) else asdict(each) for tile, each in tiles.items()
         }
-        result = {"sizes": asdict(sizes), **asdict(found), "ceiling": ceiling, "flex": of_tiles}
+        result = {"sizes": asdict(sizes), **asdict(found), "ceiling": limit, "flex": of_tiles}
         typer.echo(json.dumps(result))
     else:
         _print_times(found, tiles)
-        _print_limits(sizes, found, ceiling)
+        _print_limits(sizes, found, limit)
 
 
 def _print_times(found: Comparison, tiles: dict[str, Comparison | str]) -> None:
     """Print the time of each contender, and of FlexAttention at each tile that ran."""
     table = table_of("", "ms", "fastest", "slowest", "times native")
-    rows = [(name, each, found.ratio.get(name)) for name, each in found.seconds.items()]
-    rows += [
-        (f"flex, {tile}", each.seconds["flex"], each.ratio["flex"])
-        for tile, each in tiles.items()
-        if not isinstance(each, str)
+    rows = [
+        *((name, each, found.ratio.get(name)) for name, each in found.seconds.items()),
+        *(
+            (f"flex, {tile}", each.seconds["flex"], each.ratio["flex"])
+            for tile, each in tiles.items()
+            if not isinstance(each, str)
+        ),
     ]
     for name, seconds, ratio in rows:
         numbers = [f"{1e3 * s:.4g}" for s in (seconds.median, seconds.low, seconds.high)]
@@ -115,19 +117,17 @@ def _print_times(found: Comparison, tiles: dict[str, Comparison | str]) -> None:
     Console(highlight=False).print(table)
 
 
-def _print_limits(sizes: Sizes, found: Comparison, ceiling: float) -> None:
-    """Print why no mask was timed, if none was, and how far native is from the ceiling."""
-    from colonnade.bench.memory import MASKED_LIMIT, masked_bytes
-
+def _print_limits(sizes: Sizes, found: Comparison, limit: float) -> None:
+    """Print why no mask was timed, if none was, and how much of the ceiling native reaches."""
     console = Console(highlight=False)
     if "masked" not in found.seconds:
-        needed = f"{masked_bytes(sizes) / 2**30:,.1f} GiB"
         console.print(
-            f"masked, attention under a boolean mask, is left out: it takes {needed}, and is timed "
-            f"up to n = {MASKED_LIMIT:,} where memory holds it"
+            "masked, attention under a boolean mask, is left out: it takes "
+            f"{masked_bytes(sizes) / 2**30:,.1f} GiB, and is timed up to n = {MASKED_LIMIT:,} "
+            "where memory holds it"
         )
-    share = ceiling / found.seconds["native"].median
-    console.print(f"ceiling {1e3 * ceiling:.4g} ms, of which native reaches {percent(share)}")
+    share = limit / found.seconds["native"].median
+    console.print(f"ceiling {1e3 * limit:.4g} ms, of which native reaches {percent(share)}")
 
 
 @app.command()
@@ -135,14 +135,12 @@ def info(
     build: Annotated[
         bool, typer.Option("--build", help="Build the native kernel now, if it is not built yet.")
     ] = False,
-    as_json: options.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """List what colonnade runs on here: versions, processor, compiler, GPUs and backends.
 
     Put it at the top of a bug report, or beside a measurement; it names no folders.
     """
-    from colonnade.info import info as collect
-
     found = collect(["torch", "jaxtyping", *EXTRAS, "typer", "rich"], build)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
@@ -153,22 +151,28 @@ def info(
     Console().print(table)
 
 
-def _info_lines(found: Info) -> Iterator[tuple[str, str]]:
-    """Yield a name and a text for each line of the table."""
-    for package, version in found.versions.items():
-        missing = f"not installed: pip install 'colonnade[{EXTRAS.get(package, 'train')}]'"
-        yield package, version or missing
-    yield "platform", found.platform
-    yield "processor", found.processor
-    yield "instructions", " ".join(found.instructions) or "none known to torch"
-    yield "kernels of torch", found.torch_kernels
-    yield "threads of torch", f"{found.threads}, logical cores: {found.cores or 'unknown'}"
+def _info_lines(found: Info) -> list[tuple[str, str]]:
+    """Return a name and a text for each line of the table."""
     headers = "" if found.python_headers else "; no Python.h, so no torch.compile on the CPU"
-    yield "C++ compiler", (found.compiler or "none found; CXX may name one") + headers
-    for gpu in found.gpus:
-        memory = size(gpu["memory_bytes"])
-        yield "GPU", f"{gpu['name']}, compute capability {gpu['compute_capability']}, {memory}"
-    if not found.gpus:
-        yield "GPU", "none that torch can use"
-    for name, why_not in found.backends.items():
-        yield f"backend {name}", why_not or "usable here"
+    gpus = [
+        f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
+        f"{size(gpu['memory_bytes'])}"
+        for gpu in found.gpus
+    ]
+    return [
+        *(
+            (
+                name,
+                version or f"not installed: pip install 'colonnade[{EXTRAS.get(name, 'train')}]'",
+            )
+            for name, version in found.versions.items()
+        ),
+        ("platform", found.platform),
+        ("processor", found.processor),
+        ("instructions", " ".join(found.instructions) or "none known to torch"),
+        ("kernels of torch", found.torch_kernels),
+        ("threads of torch", f"{found.threads}, logical cores: {found.cores or 'unknown'}"),
+        ("C++ compiler", (found.compiler or "none found; CXX may name one") + headers),
+        *(("GPU", gpu) for gpu in gpus or ["none that torch can use"]),
+        *((f"backend {name}", why or "usable here") for name, why in found.backends.items()),
+    ]
