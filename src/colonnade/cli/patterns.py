@@ -35,7 +35,7 @@ def show(
         "merged"
     ),
     causal: Annotated[
-        bool, typer.Option(help="Let positions read only up to themselves, or both ways.")
+        bool, typer.Option(help="Let a position read up to itself; with --no-causal both ways.")
     ] = True,
     length: Annotated[int, typer.Option(help="Number of positions to show.")] = 32,
     heads: Annotated[int, typer.Option(help="Number of key/value heads to show.")] = 1,
@@ -75,10 +75,10 @@ def cost(
     heads: Annotated[int, typer.Option(help="Number of query heads.")] = 8,
     kv_heads: KvHeads = None,
     width: Annotated[
-        int, typer.Option(help="Width of the model, which is that of the values of all heads.")
+        int, typer.Option(help="Width of the model, and of the values over all heads.")
     ] = 512,
     qk_width: Annotated[
-        int | None, typer.Option(help="Width of the queries of all heads. Default: --width.")
+        int | None, typer.Option(help="Width of the queries over all heads. Default: --width.")
     ] = None,
     layers: Annotated[int, typer.Option(help="Number of layers with this pattern.")] = 1,
     batch: Annotated[int, typer.Option(help="Number of sequences in a batch.")] = 1,
