@@ -49,6 +49,7 @@ BESIDE = {
         "parallel",
         "nn",
         "__init__",
+        "bench",
     },
 }
 MAY_IMPORT = BESIDE | {
