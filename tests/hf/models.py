@@ -1,15 +1,14 @@
-"""Small models of other architectures, to be retrofitted."""
+"""Small models: the Sparse Transformer, and others that are retrofitted."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -35,8 +34,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def dense_model(family: str, **changes: object) -> PreTrainedModel:
-    """A model in float64 that always has the same weights."""
+def small_config(**changes: Any) -> SparseTransformerConfig:
+    """Return the settings of two layers, three blocks of 8 and a short one."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "qk_size": 8,
+        "max_position_embeddings": 29,
+        "stride": 8,
+        "summary": 2,
+        "subblocks": 2,
+    }
+    return SparseTransformerConfig(**{**sizes, **changes})
+
+
+def random_model(
+    dtype: torch.dtype = torch.float64, **changes: Any
+) -> SparseTransformerForCausalLM:
+    """Return a model whose output head is not zero, so that its logits say something."""
+    model = SparseTransformerForCausalLM(small_config(**changes)).to(dtype).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    for parameter in model.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    """Draw bytes [batch, length]."""
+    return torch.randint(256, (batch, length))
+
+
+def dense_model(family: str, **changes: Any) -> PreTrainedModel:
+    """Return a model of another architecture in float64 that always has the same weights."""
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -45,6 +76,19 @@ def dense_model(family: str, **changes: object) -> PreTrainedModel:
     return model
 
 
-def prompts(batch: int, length: int) -> torch.Tensor:
-    """Tokens that are no special ones."""
+def prompts(batch: int, length: int) -> Tensor:
+    """Draw tokens [batch, length] that are no special ones."""
     return torch.randint(2, VOCABULARY, (batch, length))
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Return the positions that count the tokens of each row, as `generate` makes them."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def enable_recomputation(model: PreTrainedModel, **options: bool) -> None:
+    """Switch it on under the name that each tested release of transformers gives it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options or None)
+    else:
+        model.gradient_checkpointing_enable(options or None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.hf.test_model import enable_recomputation, random_model, tokens
+from tests.hf.models import enable_recomputation, random_model, tokens
 from tests.rounding import check_half_the_digits
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from colonnade.hf import FixedCache, byte_tokenizer, load, retrofit
-from tests.hf.models import FAMILIES, dense_model, prompts
+from tests.hf.models import FAMILIES, dense_model, positions_of, prompts, random_model
 from tests.hf.test_batches import HOLES, SETTINGS
-from tests.hf.test_model import random_model
 from tests.oracle import fixed_mask
 from tests.rounding import check_half_the_digits
 
@@ -162,7 +161,7 @@ def test_a_compiled_step_over_a_static_cache(name: str) -> None:
     full = _generate(model, ids, attention_mask=mask, past_key_values=DynamicCache())
     cache = StaticCache(config=model.config, max_cache_len=41)
     step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     with torch.no_grad():
         logits = model(ids, mask, positions, cache).logits
         for index in range(19):
@@ -189,7 +188,7 @@ def test_padding_anywhere_in_chunks(name: str) -> None:
         pieces = []
         for begin, end in ((0, 7), (7, 8), (8, 19), (19, 21)):
             mask = HOLES[:, :end].long()
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, begin:]
+            positions = positions_of(mask)[:, begin:]
             pieces.append(
                 model(ids[:, begin:end], mask, positions, cache).logits
                 if name in SETTINGS
@@ -272,7 +271,7 @@ def test_cropped_it_goes_on_as_if_nothing_had_been_there() -> None:
     ids = prompts(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     cache = FixedCache(model.config)
 
     def step(tokens: Tensor, begin: int, end: int) -> Tensor:

@@ -13,8 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import colonnade as col
 from colonnade.hf import FixedCache, load, retrofit
 from colonnade.hf.settings import patterns_of
-from tests.hf.models import FAMILIES, dense_model, prompts
-from tests.hf.test_model import enable_recomputation, random_model
+from tests.hf.models import (
+    FAMILIES,
+    dense_model,
+    enable_recomputation,
+    positions_of,
+    prompts,
+    random_model,
+)
 from tests.rounding import check_half_the_digits
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -29,7 +35,7 @@ def test_without_a_layer_it_is_the_model_it_was(family: str, padded: bool) -> No
     mask[0, : 9 * padded] = 0
     where: dict[str, Any] = {
         "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "position_ids": positions_of(mask),
     }
     dense = dense_model(family)(ids, **where).logits
     found = retrofit(dense_model(family), 8, 2, layers=[])(ids, **where).logits

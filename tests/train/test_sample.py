@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from colonnade.train.sample import continue_bytes, windows
-from tests.hf.test_model import random_model
+from tests.hf.models import random_model
 
 
 @pytest.mark.parametrize(
