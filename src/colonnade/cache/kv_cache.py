@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from colonnade.backends.call import Call
-from colonnade.backends.choice import Explanation, check_backend, choose, explain_call
+from colonnade.backends.choice import Explanation, check_backend, explain_call
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
-from colonnade.backends.tracing.memo import remembered
-from colonnade.cache.store import KeysAndValues, Store, pad
-from colonnade.ops.check import check_padding, check_tensors, make_call
-from colonnade.ops.heads import Patterns, check_patterns, head_groups, join_heads
-from colonnade.ops.kept import KeptHeads, Layout, attend_kept, expected_call
+from colonnade.cache.groups import Groups
+from colonnade.cache.store import KeysAndValues, pad
+from colonnade.ops.check import check_tensors, make_call
+from colonnade.ops.heads import Patterns, check_patterns, join_heads
+from colonnade.ops.kept import Layout, attend_kept
 from colonnade.pattern import FullPattern, StridedPattern, check_count
-from colonnade.plan.kept import Lengths, evicted, num_kept
+from colonnade.plan.kept import evicted, num_kept
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 
@@ -86,7 +84,7 @@ class KVCache:
     @property
     def seq_lens(self) -> list[int]:
         """Number of positions that were appended to each batch row; empty before the first."""
-        return [row.seq_len for row in self._stores[0].rows] if self._stores else []
+        return self._groups.seq_lens
 
     @property
     def seq_len(self) -> int:
@@ -98,7 +96,7 @@ class KVCache:
         """Number of entries that each key head keeps; the most of any batch row and head."""
         kept = [
             num_kept(store.pattern, *(evicted(store.pattern, row) if self.evicting else row))
-            for store in self._stores
+            for store in self._groups.stores
             for row in store.rows
         ]
         return max(kept, default=0)
@@ -106,12 +104,11 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated."""
-        return sum(t.nbytes for store in self._stores for t in store.buffers)
+        return sum(t.nbytes for store in self._groups.stores for t in store.buffers)
 
     def reset(self) -> None:
         """Forget everything, the sizes of a batch too; memory is given back."""
-        self._stores: list[Store] = []
-        self._layout: Layout | None = None
+        self._groups = Groups(self.pattern, self.max_seq_len)
 
     @overload
     def attend(
@@ -172,7 +169,9 @@ class KVCache:
                 f"query.shape={tuple(query.shape)} and key.shape={tuple(key.shape)}."
             )
         call = make_call(query, self._patterns[0], scale, 0.0, return_lse)
-        entries, layout = self._append(key, value, padding_mask, (query, call))
+        entries, layout = self._groups.append(
+            key, value, padding_mask, self.evicting, (query, call, self.backend)
+        )
         out, lse = attend_kept(query, entries, layout, call, self.backend)
         if not return_lse:
             return out
@@ -194,7 +193,7 @@ class KVCache:
         """
         key, value = cast_as_autocast_would(key, value)
         check_tensors(key, key, value)
-        pairs, layout = self._append(key, value, padding_mask)
+        pairs, layout = self._groups.append(key, value, padding_mask, self.evicting)
         keys, values = pairs[0]
         if len(pairs) > 1:
             width = max(group.width for group in layout.groups)
@@ -250,7 +249,7 @@ class KVCache:
         Raises:
             ValueError: Nothing was appended.
         """
-        layout = self._layout
+        layout = self._groups.layout
         if isinstance(keys, Entries):
             layout, (keys, values) = keys.layout, keys
         if layout is None or values is None:
@@ -287,10 +286,12 @@ class KVCache:
         query, key, value = cast_as_autocast_would(query, key, value)
         check_tensors(query, key, value)
         call = make_call(query, self._patterns[0])
-        counts, is_token = self._check_new(key, value, padding_mask)
+        step = self._groups.check_new(key, value, padding_mask)
         found = tuple(
             explain_call(*tensors, of_heads, self.backend)
-            for tensors, of_heads in self._calls(query, key, value, call, counts, is_token)
+            for tensors, of_heads in self._groups.calls(
+                query, key, value, call, *step, self.evicting
+            )
         )
         return found if isinstance(self.pattern, tuple) else found[0]
 
@@ -313,8 +314,8 @@ class KVCache:
                 f"seq_len must have a number for each of {len(self.seq_lens)} rows, "
                 f"got seq_len={seq_len}."
             )
-        shorter = [store.shorter(wanted) for store in self._stores]
-        for store, rows in zip(self._stores, shorter, strict=True):
+        shorter = [store.shorter(wanted) for store in self._groups.stores]
+        for store, rows in zip(self._groups.stores, shorter, strict=True):
             store.crop(rows)
 
     def evict(self) -> None:
@@ -323,7 +324,7 @@ class KVCache:
         It happens by itself when the next position is appended, unless `evicting` is False: then
         everything from then on stays, so that `crop` can go back to it.
         """
-        for store in self._stores:
+        for store in self._groups.stores:
             store.evict()
 
     def reorder(self, index: Tensor) -> None:
@@ -349,7 +350,7 @@ class KVCache:
         """
         self._check_index(index)
         rows = index.tolist()
-        for store in self._stores:
+        for store in self._groups.stores:
             store.select(index, rows)
 
     def repeat(self, n: int) -> None:
@@ -365,117 +366,3 @@ class KVCache:
         if index.dim() != 1 or not all(0 <= row < rows for row in index.tolist()):
             raise ValueError(f"index must be a row of numbers in [0, {rows}), got index={index}.")
         return len(index)
-
-    def _append(
-        self,
-        key: Key,
-        value: Value,
-        padding_mask: Bool[Tensor, "batch q_len"] | None,
-        asked: tuple[Query, Call] | None = None,
-    ) -> tuple[list[KeysAndValues], Layout]:
-        """Check and append; before that, see that the backend takes the call that is asked for."""
-        counts, is_token = self._check_new(key, value, padding_mask)
-        if asked is not None and self.backend != "auto":
-            for tensors, call in self._calls(asked[0], key, value, asked[1], counts, is_token):
-                choose(*tensors, call, self.backend)
-        self._stores = self._stores or self._new_stores(key, value)
-        pairs, groups = [], []
-        for store in self._stores:
-            new = key, value
-            if len(self._stores) > 1:
-                new = store.heads.of(key, key.shape[1]), store.heads.of(value, value.shape[1])
-            pair, rows = store.append(*new, counts, is_token, self.evicting)
-            pairs.append(pair)
-            groups.append(KeptHeads(store.heads, rows, pair.keys.shape[2]))
-        self._layout = Layout(groups, is_token)
-        return pairs, self._layout
-
-    def _new_stores(self, key: Key, value: Value) -> list[Store]:
-        """A store for each head group, with the sizes of these tensors and no entry."""
-        return [
-            Store(
-                heads,
-                self.max_seq_len,
-                KeysAndValues(
-                    *(heads.of(t, key.shape[1])[:, :, :0].detach() for t in (key, value))
-                ),
-                [Lengths()] * len(key),
-            )
-            for heads in head_groups(self.pattern, key.shape[1])
-        ]
-
-    def _calls(
-        self,
-        query: Query,
-        key: Key,
-        value: Value,
-        call: Call,
-        counts: list[int],
-        is_token: Tensor | None,
-    ) -> Iterator[tuple[tuple[Query, Key, Value], Call]]:
-        """Yield the call that `attend` would make for each head group, with its tensors."""
-        for store in self._stores or self._new_stores(key, value):
-            q, k, v = (store.heads.of(t, key.shape[1]) for t in (query, key, value))
-            if any(t.requires_grad for t in store.buffers):
-                k, v = store.buffers
-            step = store.next_step(counts, self.evicting)
-            kept = KeptHeads(store.heads, step.groups, step.width)
-            yield (q, k, v), expected_call(call, kept, is_token, query.shape[2])
-
-    def _check_new(
-        self, key: Key, value: Value, padding_mask: Bool[Tensor, "batch q_len"] | None
-    ) -> tuple[list[int], Tensor | None]:
-        """Refuse what cannot be appended; return how many tokens come, and which they are."""
-        batch, num_kv_heads, length = key.shape[:3]
-        counts, is_token = [length] * batch, None
-        if padding_mask is not None:
-            check_padding(padding_mask, "the new positions", (batch, length))
-            counts = _num_tokens(padding_mask)
-            if any(count < length for count in counts):
-                is_token = padding_mask.to(key.device)
-        before = self.seq_lens or [0] * batch
-        # Another batch size is refused below.
-        longest = max((n + c for n, c in zip(before, counts, strict=False)), default=0)
-        if self.max_seq_len is not None and longest > self.max_seq_len:
-            raise ValueError(
-                "the cache has room for max_seq_len positions, got "
-                f"max_seq_len={self.max_seq_len}, {self.seq_len} of them taken, "
-                f"and {max(counts)} more."
-            )
-        if not self._stores:
-            check_patterns(self.pattern, num_kv_heads)
-            return counts, is_token
-        for name, tensor, buffers in (
-            ("key", key, [store.buffers.keys for store in self._stores]),
-            ("value", value, [store.buffers.values for store in self._stores]),
-        ):
-            _check_as_before(name, tensor, buffers)
-        return counts, is_token
-
-
-@remembered
-def _num_tokens(padding_mask: Bool[Tensor, "batch q_len"]) -> list[int]:
-    """Count the tokens of each batch row, once for all layers of a step."""
-    counts: list[int] = padding_mask.sum(1).tolist()
-    return counts
-
-
-def _check_as_before(name: str, tensor: Tensor, buffers: list[Tensor]) -> None:
-    """Refuse new keys or values that do not go on from those in the cache."""
-    first = buffers[0]
-    shape = (first.shape[0], sum(t.shape[1] for t in buffers), first.shape[3])
-    if (*tensor.shape[:2], tensor.shape[3]) != shape:
-        raise ValueError(
-            f"{name} must have batch, heads and head width as before, {shape}, "
-            f"got {name}.shape={tuple(tensor.shape)}."
-        )
-    if tensor.dtype != first.dtype:
-        raise TypeError(
-            f"{name} must have the dtype of those before, {first.dtype}, "
-            f"got {name}.dtype={tensor.dtype}."
-        )
-    if tensor.device != first.device:
-        raise ValueError(
-            f"{name} must be on the device of those before, {first.device}, "
-            f"got {name}.device={tensor.device}."
-        )
