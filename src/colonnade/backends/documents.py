@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from colonnade.backends.tracing.memo import remembered
@@ -16,9 +16,9 @@ from colonnade.shapes import CuSeqlens
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The lengths of documents that lie one after the other; equal to itself alone."""
+    """The lengths of documents that lie one after the other, on the CPU; equal to itself alone."""
 
-    lengths: list[int]
+    lengths: Int[Tensor, " documents"]
 
 
 @remembered
@@ -28,21 +28,22 @@ def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
     Raises:
         ValueError: cu_seqlens does not start at 0, decreases, or does not end at `total`.
     """
-    ends = cu_seqlens.tolist()
+    ends = cu_seqlens.to("cpu", torch.long)
+    lengths = ends.diff()
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got cu_seqlens[0]={ends[0]}.")
-    for document, (begin, end) in enumerate(pairwise(ends)):
-        if end < begin:
-            raise ValueError(
-                f"cu_seqlens must not decrease, got cu_seqlens[{document}]={begin} and "
-                f"cu_seqlens[{document + 1}]={end}."
-            )
+    if (lengths < 0).any():
+        document = int((lengths < 0).nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens must not decrease, got cu_seqlens[{document}]={ends[document]} and "
+            f"cu_seqlens[{document + 1}]={ends[document + 1]}."
+        )
     if ends[-1] != total:
         raise ValueError(
             "cu_seqlens must end at the number of tokens, got "
             f"cu_seqlens[-1]={ends[-1]} for {total} tokens."
         )
-    return Documents([end - begin for begin, end in pairwise(ends)])
+    return Documents(lengths)
 
 
 def by_documents(
@@ -68,7 +69,7 @@ def _batches(documents: Documents, device: torch.device) -> tuple[list[Tensor], 
     """[documents, length] positions for each length, and the order that undoes this sorting."""
     begins: dict[int, list[int]] = {}
     begin = 0
-    for length in documents.lengths or [0]:
+    for length in documents.lengths.tolist() or [0]:
         begins.setdefault(length, []).append(begin)
         begin += length
     with torch.inference_mode(False), torch.device("cpu"):

@@ -123,21 +123,21 @@ def fixed_plan(
 
 def packed_plan(
     pattern: FixedPattern,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | Tensor,
     heads: Sequence[int],
 ) -> Plan:
     """The plan of documents that lie one after the other; blocks restart at every document.
 
     A document's rows point at its own slots. Nothing is padded, and empty documents have no rows.
     """
-    length = torch.tensor(lengths, dtype=torch.long)
+    length = torch.as_tensor(lengths, dtype=torch.long)
     end = length.cumsum(0)
     counts = num_blocks(length, pattern.stride)
     document = torch.arange(len(lengths)).repeat_interleave(counts)
     index = torch.arange(len(document)) - _sums_before(counts)[document]
     rows = _Blocks(index, (end - length)[document], end[document])
     if not pattern.causal:
-        in_document = torch.arange(sum(lengths)) - (end - length).repeat_interleave(length)
+        in_document = torch.arange(int(length.sum())) - (end - length).repeat_interleave(length)
         return _bidirectional_plan(pattern, rows, 0, in_document, heads)
     last = index == counts[document] - 1
     kept = {"merged": ~last, "local": last & ~last, "summary": last | ~last}[pattern.part]
