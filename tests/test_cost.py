@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colonnade import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
+from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
 from colonnade.cost import Cost, Sizes, comparison, cost, num_kept
 from tests import oracle
 
@@ -62,6 +63,28 @@ def test_entries_are_those_of_a_decoder(name: str) -> None:
     for head in range(3):
         for length in range(20):
             assert num_kept(pattern, length, head) == most_held(sets, length, head)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_cache_keeps_as_many(name: str) -> None:
+    """Of part "summary" it keeps the open block whole, of strided patterns everything.
+
+    A window is moved once in as many tokens; until then its cache holds up to twice as much.
+    """
+    pattern, _ = PATTERNS[name]
+    cache, widest, stored = KVCache(pattern), 0, 0
+    for length in range(1, 41):
+        keys, _ = cache.append(*torch.zeros(2, 1, 2, 1, 1))
+        widest = max(widest, keys.shape[2])
+        stored = max(stored, cache.num_stored)
+        most = max(num_kept(pattern, length, head) for head in range(2))
+        if isinstance(pattern, FixedPattern) and pattern.part != "summary":
+            assert widest == most
+        else:
+            assert widest >= most
+        if isinstance(pattern, FullPattern | LocalPattern):
+            assert stored == most
+        assert stored <= widest
 
 
 @pytest.mark.parametrize("name", PATTERNS)

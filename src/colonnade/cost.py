@@ -16,7 +16,7 @@ from colonnade.pattern import (
     StridedPattern,
     check_count,
 )
-from colonnade.plan.lines import num_blocks
+from colonnade.plan.kept import kept_begin
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes of one number, by the name of its type."""
@@ -57,7 +57,7 @@ class Sizes:
             if many % few != 0:
                 raise ValueError(
                     f"{name} must be a multiple of {divisor}, got {name}={many} and "
-                    f"{divisor}={few}; {name}={num_blocks(many, few) * few} would be."
+                    f"{divisor}={few}; {name}={-(-many // few) * few} would be."
                 )
         if self.dtype not in BYTES:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got dtype={self.dtype!r}.")
@@ -138,14 +138,11 @@ def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
     """Return the most positions that a decoder must keep on its way through `seq_len` of them.
 
     At step i it keeps {j <= i : some i' >= i reads j}, however long the sequence goes on. The
-    result is the largest of these counts for i < n = `seq_len`. With B = ceil(n/l) blocks or rows:
-
-    - fixed, merged: the open block up to i and the c summaries of every closed block. These are
-      c·(B-2) + l positions at the end of the last block but one, and c·(B-1) + n - (B-1)·l at the
-      last position; the larger counts;
-    - fixed, "local": min(n, l); "summary": the summary columns among n positions;
-    - strided: n, because in every later row some query reads the column of j; "local": min(n, l+1);
-    - local: min(n, window); full: n.
+    result is the largest of these counts for i < n = `seq_len`. A strided pattern, its "local" part
+    apart, keeps all n: in every later row some query reads the column of j. All others keep no more
+    than some query reads, |S_i|, which is largest at the last position or at the end of the last
+    complete block: fixed with B = ceil(n/l) blocks c·(B-1) + n - (B-1)·l or c·(B-2) + l, a window
+    min(n, window).
 
     Args:
         pattern: A causal pattern.
@@ -163,28 +160,18 @@ def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
             raise ValueError(
                 f"a bidirectional pattern has no decoder, got {pattern}. Use causal=True."
             )
-        case FixedPattern():
-            return _num_kept_fixed(pattern, seq_len, head)
-        case LocalPattern(window=window):
-            return min(seq_len, window)
-        case StridedPattern(stride=stride, part="local"):
-            return min(seq_len, stride + 1)
-        case StridedPattern() | FullPattern():
+        case StridedPattern(part="merged" | "summary"):
             return seq_len
+        case FixedPattern() | StridedPattern() | LocalPattern() | FullPattern():
+            block_end = kept_begin(pattern, max(seq_len - 1, 0))
+            return max(_num_read(pattern, end, head) for end in (seq_len, block_end))
     raise TypeError(f"pattern must be one of this package's, got {type(pattern).__name__}.")
 
 
-def _num_kept_fixed(pattern: FixedPattern, seq_len: int, head: int) -> int:
-    stride, summary = pattern.stride, pattern.summary
-    closed = max(num_blocks(seq_len, stride) - 1, 0)
-    in_open_block = seq_len - closed * stride
-    if pattern.part == "local":
-        return min(seq_len, stride)
-    if pattern.part == "summary":
-        summaries = in_open_block - pattern.summary_columns(head).start
-        return closed * summary + min(max(summaries, 0), summary)
-    at_last_position = closed * summary + in_open_block
-    return max(at_last_position, (closed - 1) * summary + stride) if closed else at_last_position
+def _num_read(pattern: Pattern, seq_len: int, head: int) -> int:
+    """The number of positions that the last of `seq_len` positions reads."""
+    before = pattern.num_pairs(max(seq_len - 1, 0), head)
+    return pattern.num_pairs(seq_len, head) - before
 
 
 def comparison(
