@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
+from colonnade.backends.call import Seen
+from colonnade.backends.choice import run
 from colonnade.hf.cache import CacheOffset, FixedCache
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.check import make_call
 from colonnade.ops.heads import Patterns, attention_in_groups, in_head_groups
-from colonnade.ops.kept import attend_seen, mask_of_positions
+from colonnade.ops.kept import mask_of_positions
 from colonnade.ops.packing import Packing
 from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Positions, Query, Value
@@ -245,8 +247,8 @@ def _attend_filled(
 
     def attend(pattern: Pattern, query: Query, key: Key, value: Value) -> Output:
         mask = mask_of_positions(pattern, position[:, last], position, is_token, key.shape[1])
-        call = make_call(query, pattern, options["scale"], options["dropout_p"], False)
-        return attend_seen(query, key, value, mask, call)
+        call = make_call(query, pattern, **options, return_lse=False, keys=Seen(mask))
+        return run(query, key, value, call, "auto")[0]
 
     return in_head_groups(attend, patterns, query, key, value)
 

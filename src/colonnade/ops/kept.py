@@ -160,10 +160,3 @@ def mask_of_positions(
     q, k = query_position[:, :, None], key_position[:, None]
     of_heads = [pattern.reads(q, k, head) & is_token[:, None] for head in range(num_kv_heads)]
     return torch.stack(of_heads, 1)
-
-
-def attend_seen(
-    query: Query, key: Key, value: Value, mask: SeenMask, call: Call, backend: str = "auto"
-) -> Output:
-    """Attend to the keys that a mask marks; 0 where it marks none."""
-    return run(query, key, value, call._replace(keys=Seen(mask)), backend)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,45 +30,34 @@ def remembered(make: Callable[..., Result]) -> Callable[..., Result]:
     synchronise, it is recognised by being the same object in the same version, and by its contents
     only where it has no version, in inference mode.
     """
-    known: list[_Known[Result]] = []
+    known: list[tuple[Callable[[Tensor], bool], tuple[Any, ...], Result]] = []
 
     @functools.wraps(make)
     def call(tensor: Tensor, *arguments: Any) -> Result:
         if is_tracing():
             return make(tensor, *arguments)
-        for each in tuple(known):
-            if each.arguments == arguments and each.came_from(tensor):
-                return each.result
+        for is_it, of_arguments, result in tuple(known):
+            if of_arguments == arguments and is_it(tensor):
+                return result
         # Whatever mode the first call is in, the result serves calls in every other mode.
         with torch.inference_mode(False):
             result = make(tensor, *arguments)
-            known.insert(0, _Known(tensor, arguments, result))
+            known.insert(0, (_recogniser(tensor), arguments, result))
         del known[KEPT:]
         return result
 
     return call
 
 
-class _Known(Generic[Result]):
-    """One result, and what is needed to recognise the tensor that it came from."""
-
-    def __init__(self, tensor: Tensor, arguments: tuple[Any, ...], result: Result) -> None:
-        self.arguments = arguments
-        self.result = result
-        self.contents: Tensor | None = None
-        if tensor.device.type == "cpu" or tensor.is_inference():
-            self.contents = tensor.detach().clone()
-        else:
-            self.tensor = weakref.ref(tensor)
-            self.version = tensor._version
-
-    def came_from(self, tensor: Tensor) -> bool:
-        """Whether the result is that of `tensor` as it is now."""
-        then = self.contents
-        if then is None:
-            return self.tensor() is tensor and self.version == tensor._version
-        return (
-            (then.device, then.dtype, then.shape) == (tensor.device, tensor.dtype, tensor.shape)
-            and (then.device.type == "cpu" or tensor.is_inference())
-            and torch.equal(then, tensor)
+def _recogniser(tensor: Tensor) -> Callable[[Tensor], bool]:
+    """Return a function that tells whether a tensor is this one, as it is now."""
+    sizes = tensor.device, tensor.dtype, tensor.shape
+    if tensor.device.type == "cpu" or tensor.is_inference():
+        contents = tensor.detach().clone()
+        return lambda other: (
+            (other.device, other.dtype, other.shape) == sizes
+            and (other.device.type == "cpu" or other.is_inference())
+            and torch.equal(contents, other)
         )
+    reference, version = weakref.ref(tensor), tensor._version
+    return lambda other: reference() is other and other._version == version
