@@ -166,12 +166,7 @@ class FixedPattern(Pattern):
         offset = key % self.stride
         own = key // self.stride == query // self.stride
         summary = (offset >= columns.start) & (offset < columns.stop)
-        if self.part == "local":
-            read = own
-        elif self.part == "summary":
-            read = summary
-        else:
-            read = own | summary
+        read = {"merged": own | summary, "local": own, "summary": summary}[self.part]
         if self.causal:
             return read & (key <= query)
         return read.expand(torch.broadcast_shapes(query.shape, key.shape))
@@ -181,8 +176,7 @@ class FixedPattern(Pattern):
 
         The causal merged pattern has m·l(l+1)/2 + c·l·m(m-1)/2 pairs over m whole blocks.
         """
-        check_count("seq_len", seq_len, minimum=0)
-        check_count("head", head, minimum=0)
+        _check_sizes(seq_len, head)
         blocks, rest = divmod(seq_len, self.stride)
         within_block = FullPattern(self.causal)
         own = blocks * within_block.num_pairs(self.stride) + within_block.num_pairs(rest)
@@ -282,8 +276,7 @@ class StridedPattern(Pattern):
 
         Merged, these are the pairs of a window of l keys, and for n = m·l another l·m(m-1)/2.
         """
-        check_count("seq_len", seq_len, minimum=0)
-        check_count("head", head, minimum=0)
+        _check_sizes(seq_len, head)
         rows, rest = divmod(seq_len, self.stride)
         above = self.stride * rows * (rows - 1) // 2 + rest * rows
         return {
@@ -326,8 +319,7 @@ class LocalPattern(Pattern):
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """Return m(m+1)/2 + (n-m)·window for n = `seq_len` and m = min(n, window)."""
-        check_count("seq_len", seq_len, minimum=0)
-        check_count("head", head, minimum=0)
+        _check_sizes(seq_len, head)
         return _window_pairs(seq_len, self.window)
 
 
@@ -351,8 +343,7 @@ class FullPattern(Pattern):
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """Return n(n+1)/2, or n² if not `causal`, for n = `seq_len`."""
-        check_count("seq_len", seq_len, minimum=0)
-        check_count("head", head, minimum=0)
+        _check_sizes(seq_len, head)
         return seq_len * (seq_len + 1) // 2 if self.causal else seq_len * seq_len
 
     def as_fixed(self, stride: int) -> FixedPattern:
@@ -366,6 +357,11 @@ def check_count(name: str, value: int, minimum: int | None = None) -> None:
         raise TypeError(f"{name} must be an int, got {name}={value!r}.")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {name}={value}.")
+
+
+def _check_sizes(seq_len: int, head: int) -> None:
+    check_count("seq_len", seq_len, minimum=0)
+    check_count("head", head, minimum=0)
 
 
 def check_flag(name: str, value: bool) -> None:
