@@ -103,7 +103,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated."""
+        """Number of bytes that are allocated."""
         return sum(t.nbytes for store in self._groups.stores for t in store.buffers)
 
     def reset(self) -> None:
@@ -181,7 +181,7 @@ class KVCache:
     def append(
         self, key: Key, value: Value, padding_mask: Bool[Tensor, "batch q_len"] | None = None
     ) -> Entries:
-        """Append keys and values, and give what the queries of these positions may read.
+        """Append keys and values, and return what the queries of these positions may read.
 
         Returns:
             (keys, values), see `Entries`; `read` takes them.
@@ -328,7 +328,7 @@ class KVCache:
             store.evict()
 
     def reorder(self, index: Tensor) -> None:
-        """Row b becomes what row index[b] was, as in beam search.
+        """Make row b what row index[b] was, as in beam search.
 
         Raises:
             TypeError: `index` is no tensor of integers.
@@ -354,7 +354,7 @@ class KVCache:
             store.select(index, rows)
 
     def repeat(self, n: int) -> None:
-        """Each row n times, one after the other, as `repeat_interleave`."""
+        """Repeat each row n times, one after the other, as `repeat_interleave` does."""
         check_count("n", n, minimum=1)
         self.select(torch.arange(len(self.seq_lens)).repeat_interleave(n))
 

@@ -1,8 +1,8 @@
 """The attention function and the mask function that transformers knows as "colonnade".
 
-transformers hands a mask only to implementations that register a mask function under the same
-name; without one a padded batch would arrive as None and be computed wrongly in silence. Ours
-returns a marker in place of a tensor, so that the attention function can tell that it was asked.
+transformers passes a mask only to implementations that register a mask function under the same
+name; without one a padded batch would arrive as None and be silently computed wrongly. Ours returns
+a marker instead of a tensor, so that the attention function can tell that it was asked.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from colonnade.shapes import Key, Output, Positions, Query, Value
 
 @dataclass(frozen=True, eq=False)
 class PatternMask:
-    """Stands for a mask: the pattern, and which tokens there are.
+    """A stand-in for a mask: it says which tokens there are; the layer adds its pattern.
 
     Attributes:
-        packing: Padded or packed rows with as many queries as keys; None: neither.
-        padding: [batch, positions], True at tokens, where there are fewer queries than keys.
-        cache: Which holds what the queries read, where it does not hold everything.
-        filled: How many positions of the keys there are, where their length does not say so.
+        packing: Padded or packed batch rows with as many queries as keys; None if neither.
+        padding: [batch, positions], True at tokens, for fewer queries than keys.
+        cache: The cache that the queries read, if it does not keep every position.
+        filled: Number of positions in the keys, if their length does not say so.
     """
 
     packing: Packing | None = None
@@ -50,17 +50,17 @@ class PatternMask:
     ndim = 4
 
     def contiguous(self) -> PatternMask:
-        """Itself, as it is asked of a tensor."""
+        """Return itself, as a tensor would."""
         return self
 
     @property
     def is_packed(self) -> bool:
-        """Whether rows hold several documents; padded rows hold one each."""
+        """Whether batch rows hold several documents; padded ones hold one each."""
         return self.packing is not None and self.packing.index is None
 
 
 def register() -> None:
-    """Make attn_implementation="colonnade" known to transformers."""
+    """Register attn_implementation="colonnade" with transformers."""
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
 
@@ -75,7 +75,7 @@ def mask_function(
     attention_mask: Tensor | PatternMask | None = None,
     **_: Any,
 ) -> PatternMask:
-    """The descriptor that stands for the mask of these sizes; never a [q_length, kv_length] tensor.
+    """Return the stand-in for the mask of these sizes; never a [q_length, kv_length] tensor.
 
     Raises:
         ValueError: A `FixedCache` and an attention mask that contradicts it.
@@ -108,10 +108,10 @@ def mask_function(
 
 
 def _packed_documents(mask_function: Callable[..., Any]) -> Positions | None:
-    """Which document each token belongs to, from the function that transformers makes of it.
+    """Return the document of each token, or None, from the function that transformers makes of it.
 
-    transformers finds packed rows by position_ids that restart, and says so in a closure around
-    the causal function only.
+    transformers finds packed rows by position_ids that restart, and says so only in a closure
+    around the causal function.
     """
     parts = list(_parts(mask_function))
     packed = [p for p in parts if p.__code__ is _PACKED_CODE]
@@ -130,7 +130,7 @@ _PACKED_CODE = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
 
 
 def _parts(function: Callable[..., Any]) -> Iterator[Any]:
-    """The functions that a mask function was put together from."""
+    """Yield the functions that a mask function was put together from."""
     inner = []
     for held in getclosurevars(function).nonlocals.values():
         inner += [f for f in (held if isinstance(held, tuple) else (held,)) if callable(f)]
@@ -189,11 +189,7 @@ def attention_function(
 
 
 def check_mask(attention_mask: object) -> None:
-    """Refuse a mask that did not come from our mask function.
-
-    Raises:
-        ValueError: As it says.
-    """
+    """Refuse a mask that did not come from our mask function, with a ValueError."""
     if not isinstance(attention_mask, PatternMask):
         found = (
             f"a mask of shape {tuple(attention_mask.shape)}"
@@ -207,7 +203,7 @@ def check_mask(attention_mask: object) -> None:
 
 
 def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any]) -> None:
-    """Refuse what would be silently wrong."""
+    """Refuse what would silently be computed wrongly."""
     for name in UNSUPPORTED:
         if others.get(name) is not None:
             raise NotImplementedError(
@@ -223,7 +219,7 @@ def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any
 
 
 UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "sinks")
-"""What models hand to their attention function that changes the result, and we do not have."""
+"""Arguments of attention functions that change the result, and that we do not have."""
 
 
 def _attend_filled(
@@ -235,7 +231,7 @@ def _attend_filled(
     padding: Bool[Tensor, "batch positions"] | None,
     options: dict[str, Any],
 ) -> Output:
-    """The last of `filled` positions over the buffer of a static cache, without looking inside."""
+    """Attend from the last of `filled` positions to a static cache, without looking inside."""
     batch, length = key.shape[0], key.shape[2]
     at = torch.arange(length, device=key.device)
     is_token = (at < filled).expand(batch, -1)
@@ -261,7 +257,7 @@ def _attend_rows(
     padding: Bool[Tensor, "batch kv_len"],
     options: dict[str, Any],
 ) -> Output:
-    """The last queries of padded rows, each row's tokens by themselves."""
+    """Attend from the last queries of padded batch rows, each row's tokens by themselves."""
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     for row, is_token in enumerate(padding):
         queried = is_token[-query.shape[2] :]

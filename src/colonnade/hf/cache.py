@@ -1,7 +1,7 @@
 """`KVCache` for every layer of a transformers model: what `generate` keeps.
 
 In transformers a mask is made without the cache, and a cache updated without the mask. So
-`FixedCache` travels to our mask function in the `kv_offset` that transformers hands on, and is told
+`FixedCache` travels to our mask function in the `kv_offset` that transformers passes on, and learns
 there which of the next positions are tokens. An update that was not announced comes from an
 attention that takes what is left for everything, and is refused.
 """
@@ -22,12 +22,12 @@ from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.heads import Patterns
 from colonnade.shapes import Key, Value
 
-# Earlier releases of transformers have the one kind only.
+# Earlier releases of transformers have only one kind.
 _Quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 def check_cache(cache: Cache | None) -> None:
-    """Refuse caches that take memory off positions which the pattern never reads again.
+    """Refuse caches that save memory on positions which the pattern never reads again.
 
     Raises:
         NotImplementedError: A quantised or an offloaded cache.
@@ -45,7 +45,7 @@ def check_cache(cache: Cache | None) -> None:
 
 
 class CacheOffset(int):
-    """The kv_offset of a `FixedCache`, which it brings along; 0 to everybody else."""
+    """The kv_offset of a `FixedCache`, which it carries along; 0 to everybody else."""
 
     cache: FixedCache
 
@@ -56,8 +56,8 @@ class Announcement:
 
     Attributes:
         seen: Positions before them, padding included.
-        length: How many come.
-        is_token: [batch, length], False at padding; None: no padding.
+        length: Number of positions that come.
+        is_token: [batch, length], False at padding; None if there is no padding.
     """
 
     seen: int
@@ -69,8 +69,8 @@ class FixedLayer(CacheLayerMixin):
     """A `KVCache` as transformers' cache of one layer.
 
     Attributes:
-        kv: What is kept.
-        seen: Positions so far, padding included: transformers counts them so.
+        kv: The cache behind it.
+        seen: Number of positions so far; as transformers counts, padding is included.
     """
 
     is_croppable = True
@@ -86,7 +86,7 @@ class FixedLayer(CacheLayerMixin):
 
     @property
     def record_past(self) -> bool:
-        """Whether everything stays that comes from now on, until it is cropped."""
+        """Whether every new position stays until it is cropped."""
         return not self.kv.evicting
 
     @record_past.setter
@@ -94,11 +94,11 @@ class FixedLayer(CacheLayerMixin):
         self.kv.evicting = not value
 
     def activate_past_recording(self) -> None:
-        """Keep everything that comes from now on, until it is cropped: for assisted decoding."""
+        """Keep every new position until it is cropped, for assisted decoding."""
         self.record_past = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first update brings the sizes."""
+        """Do nothing: the first update brings the sizes."""
 
     def update(
         self,
@@ -106,26 +106,26 @@ class FixedLayer(CacheLayerMixin):
         value_states: Value,
         is_token: Bool[Tensor, "batch length"] | None = None,
     ) -> Entries:
-        """Append, and give what the queries of these positions may read."""
+        """Append positions, and return the entries that their queries may read."""
         entries = self.kv.append(key_states, value_states, is_token)
         self.seen += key_states.shape[2]
         self.is_initialized = True
         return entries
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(positions with the next ones, 0): as if everything were kept."""
+        """Return (positions with the next ones, 0), as if everything were kept."""
         return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Positions so far, padding included."""
+        """Return the number of positions so far, padding included."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """The `max_seq_len` asked for, or -1."""
+        """Return the `max_seq_len` asked for, or -1."""
         return -1 if self.kv.max_seq_len is None else self.kv.max_seq_len
 
     def offload(self) -> None:
-        """Not offered.
+        """Refuse: there is no offloading.
 
         Raises:
             NotImplementedError: Always.
@@ -141,7 +141,7 @@ class FixedLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes what row beam_idx[b] was."""
+        """Make row b what row beam_idx[b] was."""
         if self.seen:
             self.kv.reorder(beam_idx)
 
@@ -151,12 +151,12 @@ class FixedCache(Cache):
 
     With l = stride and c = summary a layer keeps, after n positions, n // l · c + n mod l entries
     for each key head (see `colonnade.KVCache`), and the result is that of a full cache. Layers
-    whose pattern is full or strided keep everything. Rows of a left-padded batch keep what each
+    whose pattern is full or strided keep everything. Each row of a left-padded batch keeps what it
     would keep alone.
 
     Args:
-        config: Of the model; says what each layer reads.
-        max_seq_len: Allocate for so many positions at once, and refuse more. None: grow.
+        config: Configuration of the model, which names the pattern of each layer.
+        max_seq_len: Allocate for that many positions at once, and refuse more. None: grow.
 
     Raises:
         ValueError: The configuration has no `colonnade_stride` and `colonnade_summary`.
@@ -176,21 +176,21 @@ class FixedCache(Cache):
 
     @property
     def num_stored(self) -> int:
-        """Entries that each key head keeps; the most of any layer, row and head."""
+        """Number of entries that each key head keeps; the most of any layer, batch row and head."""
         return max(layer.kv.num_stored for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated, in all layers."""
+        """Number of bytes that are allocated, in all layers."""
         return sum(layer.kv.nbytes for layer in self.layers)
 
     @property
     def batch_size(self) -> int:
-        """Rows; -1 before the first update."""
+        """Number of batch rows; -1 before the first update."""
         return len(self.layers[0].kv.seq_lens) or -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(positions with the next ones, 0); the 0 brings the cache along."""
+        """Return (positions with the next ones, 0); the 0 carries the cache along."""
         offset = CacheOffset(0)
         offset.cache = self
         return self.layers[layer_idx].seen + query_length, offset
@@ -238,7 +238,7 @@ class FixedCache(Cache):
     def update(
         self, key_states: Key, value_states: Value, layer_idx: int, *_: Any, **__: Any
     ) -> Entries:
-        """Append the announced positions of a layer, and give what their queries may read.
+        """Append the announced positions of a layer, and return what their queries may read.
 
         Raises:
             ValueError: They were not announced by our mask function: another attention is at work.
@@ -291,14 +291,14 @@ class FixedCache(Cache):
             layer.kv.evict()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes what row beam_idx[b] was."""
+        """Make row b what row beam_idx[b] was."""
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
         if self._padding is not None:
             self._padding = self._padding[beam_idx.to(self._padding.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, one after the other."""
+        """Repeat each row `repeats` times, one after the other."""
         self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:

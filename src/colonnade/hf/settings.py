@@ -1,4 +1,4 @@
-"""Which pattern each layer of a model reads, from the model's configuration.
+"""The pattern of each layer of a model, from the model's configuration.
 
 Any configuration may hold these settings, for all layers or in `per_layer_config`:
 colonnade_stride, colonnade_summary, colonnade_subblocks, colonnade_pattern and colonnade_scheme.
@@ -14,13 +14,13 @@ from colonnade.ops.heads import Patterns
 from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 
 NAME = "colonnade"
-"""Of the attention implementation."""
+"""Name of the attention implementation."""
 SCHEMES = ("merged", "interleaved", "multihead")
 """The three ways to use a factorization (Child et al. 2019, section 5.1)."""
 
 
 def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
-    """What layer `layer_idx` of a model reads, from its configuration.
+    """Return the patterns that layer `layer_idx` of a model reads, from its configuration.
 
     Raises:
         ValueError: The configuration lacks `colonnade_stride` or `colonnade_summary`, or what it

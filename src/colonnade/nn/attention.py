@@ -26,8 +26,8 @@ class SelfAttention(nn.Module):
         embed_dim: Width of x and y; a multiple of `num_heads`.
         num_heads: Query heads.
         pattern: Which positions each position reads. A tuple of p patterns splits the key heads
-            into p runs, the first ones longer by one where they do not divide; each run is counted
-            from 0 for its sub-blocks.
+            into p groups, the first ones longer by one where they do not divide; each group counts
+            its sub-blocks from 0.
         num_kv_heads: Key/value heads, a divisor of `num_heads`; `num_heads` if None.
         qk_dim: Width of the queries, summed over heads; `embed_dim` if None. The paper's
             "half-size" queries and keys are `embed_dim // 2`.
@@ -82,8 +82,8 @@ class SelfAttention(nn.Module):
 
         Args:
             x: [batch, seq_len, embed_dim].
-            cache: From `new_cache`. x then holds the positions that follow those in it, and is
-                appended; the result equals the same positions of one call over everything.
+            cache: A cache from `new_cache`. x then holds the positions that follow those in it, and
+                is appended; the result equals the same positions of one call over everything.
             cu_seqlens: [documents + 1]: where documents begin and end that lie one after the other
                 in x, whose batch is 1. See `attention_varlen`.
             padding_mask: [batch, seq_len], True where there is a token. Each row gives what its
@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         return self.merge_heads(out)
 
     def new_cache(self, max_seq_len: int | None = None) -> KVCache:
-        """An empty cache for this layer; see `KVCache`."""
+        """Return an empty cache for this layer; see `KVCache`."""
         return KVCache(self.pattern, max_seq_len, self.backend)
 
     def _check_cache(self, cache: KVCache, cu_seqlens: CuSeqlens | None, dropout: float) -> None:
@@ -142,7 +142,7 @@ class SelfAttention(nn.Module):
             )
 
     def project(self, x: Hidden, rotary: Rotary | None = None) -> tuple[Query, Key, Value]:
-        """Queries, keys and values of x, [batch, heads, seq_len, head_dim] each."""
+        """Return queries, keys and values of x, [batch, heads, seq_len, head_dim] each."""
         query = self.query_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         key = self.key_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         value = self.value_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
@@ -151,7 +151,7 @@ class SelfAttention(nn.Module):
         return query, key, value
 
     def merge_heads(self, out: Output) -> Hidden:
-        """The heads' outputs side by side, through the output projection."""
+        """Put the heads' outputs side by side, and project them."""
         merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 
@@ -159,7 +159,7 @@ class SelfAttention(nn.Module):
 def rotate(
     tensor: Float[Tensor, "batch heads seq_len head_dim"], rotary: Rotary
 ) -> Float[Tensor, "batch heads seq_len head_dim"]:
-    """Rotary position embedding, t · cos + rotate_half(t) · sin (Su et al. 2021, arXiv:2104.09864).
+    """Rotate by position: t · cos + rotate_half(t) · sin (Su et al. 2021, arXiv:2104.09864).
 
     The pairs that turn together are (i, i + head_dim/2), as in transformers' Llama.
 

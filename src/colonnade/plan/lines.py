@@ -12,10 +12,10 @@ Length = TypeVar("Length", int, Tensor)
 
 
 def num_blocks(seq_len: Length, stride: int) -> Length:
-    """Blocks of a sequence, a short last one included: rows of it laid out `stride` wide."""
+    """Return the number of blocks of a sequence, a short last one included."""
     return -(-seq_len // stride)
 
 
 def block_and_offset(positions: Positions, stride: int) -> tuple[Positions, Positions]:
-    """(block, offset in the block): row and column of the sequence laid out `stride` wide."""
+    """Return (block, offset in the block) of each position."""
     return positions // stride, positions % stride

@@ -27,7 +27,7 @@ from colonnade.shapes import Gather, Mask, Positions, Shift, Table
 
 
 class Row(NamedTuple):
-    """A run of queries inside one block, and the two pieces that they read."""
+    """Consecutive queries of one block, and the two pieces that they read."""
 
     q_begin: int
     q_end: int
@@ -57,7 +57,7 @@ class Plan:
     own_from_slots: bool
 
     def mask(self, kv_len: int) -> Mask:
-        """The plan as a dense mask [kv_heads, q_len, kv_len]: slow, to look at and to test."""
+        """Draw the plan as a dense mask [kv_heads, q_len, kv_len]: slow, to look at and to test."""
         num_kv_heads = self.gather.shape[0]
         rows = table_rows(self.table)
         mask = torch.zeros(num_kv_heads, rows[-1].q_end if rows else 0, kv_len, dtype=torch.bool)
@@ -75,12 +75,12 @@ class Plan:
 
 
 def table_rows(table: Table) -> list[Row]:
-    """The table as named tuples."""
+    """Return the table as named tuples."""
     return [Row(*line) for line in table.tolist()]
 
 
 def heads_by_plan(pattern: FixedPattern, num_kv_heads: int) -> list[range]:
-    """The key heads that one plan serves: all, or bidirectionally those of one sub-block.
+    """Return the key heads that each plan serves: all, or bidirectionally those of one sub-block.
 
     A short last block holds different numbers of summaries for different sub-blocks. Where the
     block is read in both directions, that shows in the number of slots, and a table has one.
@@ -98,7 +98,7 @@ def fixed_plan(
     heads: Sequence[int],
     reduced: int = 0,
 ) -> Plan:
-    """The plan of a `FixedPattern` for the last `q_len` of `kv_len` keys.
+    """Make the plan of a `FixedPattern` for the last `q_len` of `kv_len` keys.
 
     Rows are the blocks that hold a query; the first row may start mid-block. `heads` is one of
     `heads_by_plan`. Of the first `reduced` blocks the keys hold only the summaries, and no query
@@ -126,7 +126,7 @@ def packed_plan(
     lengths: Sequence[int] | Tensor,
     heads: Sequence[int],
 ) -> Plan:
-    """The plan of documents that lie one after the other; blocks restart at every document.
+    """Make the plan of documents that lie one after the other; blocks restart at every document.
 
     A document's rows point at its own slots. Nothing is padded, and empty documents have no rows.
     """
@@ -252,7 +252,7 @@ def _bidirectional_plan(
 def gathered_mask(
     pattern: FixedPattern, seq_len: int
 ) -> tuple[Positions, Callable[[Positions, Positions], Tensor]]:
-    """The slots of a causal merged pattern, and which of [slots ; keys] a query reads.
+    """Return the slots of a causal merged pattern, and a mask function over [slots ; keys].
 
     For attention that takes a mask function: the plan's two pieces as one row of keys.
     """
@@ -269,5 +269,5 @@ def gathered_mask(
 
 
 def _sums_before(counts: Tensor) -> Tensor:
-    """For each entry the sum of those before it."""
+    """Return for each entry the sum of those before it."""
     return counts.cumsum(0) - counts.long()

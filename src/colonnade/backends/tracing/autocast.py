@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What autocast casts; it leaves float64 alone."""
+"""Types that autocast casts; it leaves float64 alone."""
 
 
 def cast_as_autocast_would(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast the tensors in its type, as for PyTorch's own attention; else as they are."""
+    """Cast tensors to the type of autocast where that is on, as for PyTorch's own attention."""
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors
     device = tensors[0].device.type
@@ -24,7 +24,7 @@ def cast_as_autocast_would(*tensors: Any) -> tuple[Any, ...]:
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """A context in which float32 means float32."""
+    """Return a context in which float32 means float32."""
     return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
