@@ -1,14 +1,14 @@
 """From a pattern and lengths to positions: which columns to gather, and a table of rows of queries.
 
 Outside its own block a query sees only summaries, and all queries of a block see the same ones.
-So the summary columns are gathered once, into **slots**, and each **row** of the table (a run of
-queries inside one block) reads two dense pieces in one softmax. Query q_begin + r of key head h
+So the summary columns are gathered once, into **slots**, and each **row** of the table (some
+queries of one block) reads two dense pieces in one softmax. Query q_begin + r of key head h
 reads
 
     own keys   own_begin … own_begin + clamp(r + 1 + lead - shift[h], 0, own_end - own_begin) - 1
     slots      slot_begin … slot_end - 1
 
-This is the only file that turns index sets into positions. Kernels know the table and nothing of
+Only the files in this folder turn index sets into positions. Kernels know the table and nothing of
 patterns.
 """
 
