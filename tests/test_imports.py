@@ -1,8 +1,8 @@
 """The law of the tree: which file may import which, read from the source.
 
-pattern → plan → backends → ops → {cache, parallel} → nn → hf → train → cli, with shapes below everything,
-and beside it plot (patterns and shapes only), cost (these and plan), info (the public names) and
-bench (whatever lies below hf).
+pattern → plan → backends → ops → {cache, parallel} → nn → hf → train → cli, with shapes below
+everything, and next to it plot (patterns and shapes only), cost (these and plan), info (the public
+names) and bench (whatever lies below hf).
 """
 
 from __future__ import annotations

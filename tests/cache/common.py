@@ -42,6 +42,16 @@ def each(change: Callable[[Tensor], Tensor], tensors: Triple) -> Triple:
     return query, key, value
 
 
+def alone(tensors: Triple, row: int, tokens: Tensor) -> Triple:
+    """Return the tokens of one row."""
+    return each(lambda t: t[row, None, :, tokens], tensors)
+
+
+def of_rows(tensors: Triple, rows: list[int]) -> Triple:
+    """Return some batch rows, in the order given."""
+    return each(lambda t: t[rows], tensors)
+
+
 def span(tensors: Triple, begin: int, end: int | None = None) -> Triple:
     """Return the positions from `begin` to `end`."""
     return each(lambda t: t[:, :, begin:end], tensors)

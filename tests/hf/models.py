@@ -86,6 +86,16 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def generate(model: Any, ids: Tensor, **options: Any) -> Any:
+    """Return the tokens that follow prompts without padding, greedily; options may say otherwise.
+
+    The model is Any, for transformers annotates `generate` for its own callers alone.
+    """
+    return model.generate(
+        ids, **{"do_sample": False, "attention_mask": torch.ones_like(ids), **options}
+    )
+
+
 def enable_recomputation(model: PreTrainedModel, **options: bool) -> None:
     """Switch it on under the name that each tested release of transformers gives it."""
     if hasattr(model, "activation_checkpointing_enable"):

@@ -14,7 +14,7 @@ from colonnade.hf import (
     SparseTransformerConfig,
     SparseTransformerForCausalLM,
 )
-from tests.hf.models import enable_recomputation, random_model, small_config, tokens
+from tests.hf.models import enable_recomputation, generate, random_model, small_config, tokens
 from tests.oracle import (
     fixed_mask,
     full_set,
@@ -110,15 +110,8 @@ def test_nothing_leaks_from_the_future() -> None:
 def test_generate_with_a_cache_gives_the_same_tokens() -> None:
     model = random_model()
     prompt = tokens(2, 5)
-    attention_mask = torch.ones_like(prompt)
     with_cache, without = (
-        model.generate(
-            prompt,
-            attention_mask=attention_mask,
-            max_new_tokens=20,
-            do_sample=False,
-            use_cache=use_cache,
-        )
+        generate(model, prompt, max_new_tokens=20, use_cache=use_cache)
         for use_cache in (True, False)
     )
     assert torch.equal(with_cache, without)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_no_position_sees_the_future(part: Part, t: int) -> None:
 
 @pytest.mark.plain
 @pytest.mark.parametrize("pattern", [None, "fixed", torch.ones(4, 4)])
-def test_a_pattern_is_a_pattern(pattern: object) -> None:
+def test_a_pattern_is_a_pattern(pattern: Any) -> None:
     with pytest.raises(TypeError, match=f"pattern must be a Pattern.*{type(pattern).__name__}"):
         SelfAttention(8, 2, pattern)
 
