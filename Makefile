@@ -5,12 +5,15 @@
 #   PIP_ARGS  handed to pip install, such as an index that holds another build of torch.
 #   MINUTES   how long `make demo` trains.
 #   CALLS     how many calls `make fuzz` draws, and SEED from where.
+#   OLD       the src folder that `make bench-paired` compares with, and ROUNDS how often.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 MINUTES ?= 3
 CALLS ?= 10000
 SEED ?=
+OLD ?=
+ROUNDS ?= 9
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,8 +31,9 @@ OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 # itself never frees.
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX ?= c++
+CPP_SOURCES := $(wildcard src/colonnade/backends/native/csrc/*)
 
-.PHONY: help install demo bench bench-short bench-packed bench-decoding test test-slow fuzz sanitize lint format clean
+.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired structure test test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
@@ -38,12 +42,14 @@ help:
 	@echo 'make bench-short  time short sequences against dense attention; a few minutes'
 	@echo 'make bench-packed  time packed documents against a batch; a minute or two'
 	@echo 'make bench-decoding  time the cache, and generation with it; a quarter of an hour'
+	@echo 'make bench-paired  time this checkout against the src folder OLD=, ROUNDS=$(ROUNDS) in turns'
+	@echo 'make structure  count the files that a call goes through, and statements'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make fuzz       CALLS=$(CALLS) drawn calls against the definition; SEED= repeats a run'
 	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint       formatting, lint and types'
-	@echo 'make format     reformat, and fix what ruff can fix'
+	@echo 'make format     reformat Python and C++, and fix what ruff can fix'
 	@echo 'make clean      remove .venv and caches; runs/ stays'
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON), MINUTES=$(MINUTES), and PIP_ARGS for pip install.'
@@ -99,6 +105,12 @@ bench-packed: $(STAMP)
 bench-decoding: $(STAMP)
 	$(BIN)/python benchmarks/decoding.py
 
+bench-paired: $(STAMP)
+	$(BIN)/python benchmarks/paired.py --old '$(OLD)' --new src --rounds $(ROUNDS)
+
+structure: $(STAMP)
+	$(BIN)/python benchmarks/structure.py
+
 # Run-time type checks would refuse bad input before our own errors could, and stand in a
 # compiler's way: the tests of both are marked plain and run without. Each file runs in one process:
 # a test has one thread, and what a file prepares is prepared once.
@@ -120,6 +132,7 @@ sanitize: $(STAMP)
 	    $(BIN)/python -m pytest -p no:cacheprovider --timeout 1200 -m 'not plain' tests/backends/test_native.py tests/backends/test_native_decode.py
 
 lint: $(STAMP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
@@ -127,6 +140,7 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build src/colonnade.egg-info

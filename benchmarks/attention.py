@@ -1,7 +1,7 @@
-"""The whole comparison on this machine: `make bench`. Hours; nothing else may run beside it.
+"""Time attention against everything it is compared with on this machine: `make bench`.
 
-Writes benchmarks/attention.json and docs/performance.svg, and prints Markdown tables. What a row
-compares, and how, is in `colonnade.bench`.
+It takes hours, and nothing else may run at the same time. Writes benchmarks/attention.json and
+docs/performance.svg, and prints Markdown tables. `colonnade.bench` does the measuring and says how.
 """
 
 from __future__ import annotations
@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from colonnade import FixedPattern
-from colonnade.bench import (
-    Comparison,
-    Sizes,
-    ceiling,
-    compare,
-    contenders,
-    flex,
-    masked_fits,
-    peak,
-)
+from colonnade.bench.flex import compare_tiles
+from colonnade.bench.memory import masked_fits, peak
+from colonnade.bench.timing import Comparison, Sizes, ceiling, compare, contenders
 from colonnade.info import info
 
 HERE = Path(__file__).parent
@@ -33,7 +26,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def rows(quick: bool) -> Iterator[Sizes]:
-    """What is timed: lengths, then strides and summaries, parts and grouped heads."""
+    """Yield what to time: lengths, then strides and summaries, parts and grouped heads."""
     for backward in (False, True):
         for dtype in DTYPES:
             base = Sizes(dtype=dtype, backward=backward)
@@ -49,7 +42,7 @@ def rows(quick: bool) -> Iterator[Sizes]:
 
 
 def measure(sizes: Sizes, dense_limit: int) -> dict[str, Any]:
-    """One row: all contenders that fit, the ceiling, and native's peak memory."""
+    """Measure a row: all contenders that fit, the ceiling, and native's peak memory."""
     names = ["native", "eager"]
     if sizes.seq_len <= dense_limit:
         names.append("dense")
@@ -67,21 +60,21 @@ def measure(sizes: Sizes, dense_limit: int) -> dict[str, Any]:
 
 
 def measure_flex(length: int) -> list[dict[str, Any]]:
-    """FlexAttention at its tiles, over all keys and over gathered ones, against native."""
+    """Time FlexAttention at its tiles against native, over all keys and over gathered ones."""
     found = []
     for dtype in DTYPES:
         for gathered in (False, True):
             sizes = Sizes(seq_len=length, dtype=dtype)
             tiles = {
                 tile: asdict(each) if isinstance(each, Comparison) else each
-                for tile, each in flex(sizes, gathered).items()
+                for tile, each in compare_tiles(sizes, gathered).items()
             }
             found.append({"sizes": asdict(sizes), "gathered": gathered, "tiles": tiles})
     return found
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
-    """The rows as Markdown."""
+    """Yield the lines of the Markdown tables."""
     yield "| | n | l, c | native ms | eager | dense | masked | ceiling | peak |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in result["rows"]:
@@ -120,14 +113,14 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _unit(sizes: dict[str, Any]) -> int:
-    """Bytes of q + k + v + out."""
+    """Return the bytes of q + k + v + out."""
     heads = 2 * (sizes["heads"] + sizes["kv_heads"])
     width = 2 if sizes["dtype"] == "bfloat16" else 4
     return int(sizes["batch"] * sizes["seq_len"] * heads * sizes["head_dim"] * width)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Times faster than dense attention over the length, beside what the pairs allow."""
+    """Draw the speed-up over dense attention against the length, and what the pairs allow."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -156,14 +149,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure every row that is not measured yet, write the results and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="short lengths, to try it out")
     parser.add_argument(
-        "--dense-limit", type=int, default=131_072, help="longest sequence of dense attention"
+        "--quick", action="store_true", help="time short lengths only, to try it out"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="keep the rows that a run cut off has written"
+        "--dense-limit",
+        type=int,
+        default=131_072,
+        help="longest sequence to time dense attention on",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that an interrupted benchmark wrote"
     )
     parser.add_argument("--out", type=Path, default=HERE / "attention.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "performance.svg")

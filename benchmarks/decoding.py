@@ -1,8 +1,8 @@
-"""Decoding through `KVCache` beside caches that hold everything: `make bench-decoding`.
+"""Time decoding through `KVCache` against caches that keep everything: `make bench-decoding`.
 
-Nothing else may run beside it; it takes a quarter of an hour. Writes benchmarks/decoding.json and
-docs/decoding.svg, and prints a table. l = 128, c = 8; B = 1, and 8 heads of width 64 where no model
-is named.
+It takes a quarter of an hour, and nothing else may run at the same time. Writes
+benchmarks/decoding.json and docs/decoding.svg, and prints a table. l = 128, c = 8; batches of one
+sequence, and 8 heads of width 64 where no model is named.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.cache_utils import Cache
 
 from colonnade import FixedPattern, KVCache
-from colonnade.bench import Comparison, compare
+from colonnade.bench.timing import Comparison, compare
 from colonnade.hf import (
     FixedCache,
     SparseTransformerConfig,
@@ -32,10 +32,10 @@ from colonnade.info import info
 
 PATTERN = FixedPattern(128, 8)
 HEADS, HEAD_DIM = 8, 64
-HELD = 65_536
+LENGTH = 65_536
 PROMPT = 32_768
 TOKENS = 64
-"""That are timed together; the caches go back to where they were in between."""
+"""Number of tokens that are timed together; the caches are then cropped to where they were."""
 NEW_TOKENS = 256
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = tuple(2**power for power in range(8, 17))
@@ -43,19 +43,19 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Everything, a line each."""
+    """Measure everything, printing a line for each result, and write the results."""
     torch.manual_seed(0)
     machine = info(["torch", "transformers"], build=True).for_measurement()
     found: dict[str, Any] = {"machine": machine, "comparisons": {}, "fewer_bytes": {}}
     for dtype in DTYPES:
         for kv_heads in (HEADS, 2):
             name = f"{_name(dtype)}, {kv_heads} key heads"
-            for max_seq_len in (HELD, None):
-                cache = _filled(dtype, kv_heads, HELD, max_seq_len)
-                fewer = 2 * kv_heads * HELD * HEAD_DIM * dtype.itemsize / cache.nbytes
+            for max_seq_len in (LENGTH, None):
+                cache = _filled(dtype, kv_heads, LENGTH, max_seq_len)
+                fewer = 2 * kv_heads * LENGTH * HEAD_DIM * dtype.itemsize / cache.nbytes
                 print(f"{name}, max_seq_len={max_seq_len}: {fewer:.2f} times fewer bytes")
                 found["fewer_bytes"][f"{name}, max_seq_len={max_seq_len}"] = fewer
-            contenders = _token_by_token(PATTERN, dtype, kv_heads, HELD)
+            contenders = _token_by_token(PATTERN, dtype, kv_heads, LENGTH)
             _note(found, f"{name}, a token", compare(contenders, 9), TOKENS)
             _note(found, f"{name}, a prompt", compare(_prompt(dtype, kv_heads), 5), 1)
     for dtype in DTYPES:
@@ -72,7 +72,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _note(found: dict[str, Any], name: str, compared: Comparison, calls: int) -> None:
-    """Keep and print what one call took, out of so many that were timed together."""
+    """Add a comparison to the results and print the time of one of its `calls` calls."""
     found["comparisons"][name] = {**asdict(compared), "calls": calls}
     ours, ratio = compared.seconds["ours"], compared.ratio["dense"]
     print(
@@ -92,35 +92,38 @@ def _inputs(dtype: torch.dtype, kv_heads: int, length: int) -> tuple[Tensor, Ten
 def _filled(
     dtype: torch.dtype,
     kv_heads: int,
-    held: int,
+    length: int,
     max_seq_len: int | None,
     pattern: FixedPattern = PATTERN,
 ) -> KVCache:
     cache = KVCache(pattern, max_seq_len)
     for _ in range(4):
-        cache.append(*_inputs(dtype, kv_heads, held // 4)[1:])
+        cache.append(*_inputs(dtype, kv_heads, length // 4)[1:])
     return cache
 
 
 def _token_by_token(
-    pattern: FixedPattern, dtype: torch.dtype, kv_heads: int, held: int
+    pattern: FixedPattern, dtype: torch.dtype, kv_heads: int, length: int
 ) -> dict[str, Callable[[], object]]:
-    """Both append; the full cache is allocated ahead, and attends as a user of PyTorch would."""
-    cache = _filled(dtype, kv_heads, held, held + TOKENS, pattern)
+    """Return decoders with our cache and with a full one that is allocated in advance.
+
+    Both append. The full one attends as a user of PyTorch would.
+    """
+    cache = _filled(dtype, kv_heads, length, length + TOKENS, pattern)
     cache.evict()
-    cache.evicting = False  # To be able to go back.
-    keys, values = (torch.randn(1, kv_heads, held + TOKENS, HEAD_DIM).to(dtype) for _ in "kv")
+    cache.evicting = False  # Otherwise it could not be cropped.
+    keys, values = (torch.randn(1, kv_heads, length + TOKENS, HEAD_DIM).to(dtype) for _ in "kv")
     tokens = [_inputs(dtype, kv_heads, 1) for _ in range(TOKENS)]
 
     @torch.no_grad()
     def ours() -> None:
         for query, key, value in tokens:
             cache.attend(query, key, value)
-        cache.crop(held)
+        cache.crop(length)
 
     @torch.no_grad()
     def dense() -> None:
-        for at, (query, key, value) in enumerate(tokens, start=held):
+        for at, (query, key, value) in enumerate(tokens, start=length):
             keys[:, :, at] = key[:, :, 0]
             values[:, :, at] = value[:, :, 0]
             k, v = keys[:, :, : at + 1], values[:, :, : at + 1]
@@ -134,7 +137,7 @@ def _prompt(dtype: torch.dtype, kv_heads: int) -> dict[str, Callable[[], object]
 
     @torch.no_grad()
     def ours() -> None:
-        KVCache(PATTERN, max_seq_len=HELD).attend(query, key, value)
+        KVCache(PATTERN, max_seq_len=LENGTH).attend(query, key, value)
 
     @torch.no_grad()
     def dense() -> None:
@@ -146,7 +149,7 @@ def _prompt(dtype: torch.dtype, kv_heads: int) -> dict[str, Callable[[], object]
 
 
 def _models(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """6 layers of width 256 with 4 heads: with the pattern, and the same weights without."""
+    """Make a model with 6 layers of width 256 and 4 heads, and one of equal weights but dense."""
     sizes: dict[str, Any] = {
         "hidden_size": 256,
         "num_hidden_layers": 6,
@@ -173,7 +176,7 @@ def _models(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedM
 
 
 def _generation(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """`generate`, greedy, after a prompt that is in the cache but for its last token."""
+    """Return greedy `generate` after a prompt that is in the cache except for its last token."""
     ids = torch.randint(1, 256, (1, PROMPT))
     ours, dense = _models(name, dtype)
     return {
@@ -184,8 +187,8 @@ def _generation(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]
 
 def _generate(model: Any, ids: Tensor, cache: Cache) -> Callable[[], object]:
     with torch.no_grad():
-        for part in ids[:, :-1].split(8_192, 1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+        for chunk in ids[:, :-1].split(8_192, 1):
+            model(chunk, past_key_values=cache, logits_to_keep=1)
     # A copy for each round, made before any is timed.
     caches = [copy.deepcopy(cache) for _ in range(4)]
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
@@ -194,7 +197,7 @@ def _generate(model: Any, ids: Tensor, cache: Cache) -> Callable[[], object]:
 
 
 def _by_length() -> dict[str, list[float]]:
-    """Milliseconds for a token, appended included, over the tokens that were appended before."""
+    """Return milliseconds for a token, appending included, by the number of tokens before it."""
     part_local = FixedPattern(128, 8, part="local")
     found: dict[str, list[float]] = {"length": [*map(float, LENGTHS)]}
     for length in LENGTHS:
@@ -211,7 +214,7 @@ def _by_length() -> dict[str, list[float]]:
 
 
 def draw(found: dict[str, list[float]], path: Path) -> None:
-    """The time of a token over the length, for each thing that may be kept."""
+    """Draw the time of a token against the length, for each choice of what is kept."""
     from matplotlib import pyplot
 
     with pyplot.rc_context({"svg.hashsalt": "colonnade"}):

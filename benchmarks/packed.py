@@ -1,7 +1,7 @@
-"""Packed documents beside a batch of as many tokens, both by backend "native": `make bench-packed`.
+"""Time packed documents against a batch of as many tokens, both by "native": `make bench-packed`.
 
-Nothing else may run beside it; it takes a minute or two. Writes benchmarks/packed.json and prints a
-table. 65,536 tokens, 8 heads of width 64, l = 128, c = 8.
+It takes a minute or two, and nothing else may run at the same time. Writes benchmarks/packed.json
+and prints a table. 65,536 tokens, 8 heads of width 64, l = 128, c = 8.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from colonnade import attention, attention_varlen
-from colonnade.bench import Sizes, compare
+from colonnade.bench.timing import Sizes, compare
 from colonnade.info import info
 
 DOCUMENTS, LENGTH = 64, 1_024
@@ -28,11 +28,11 @@ HERE = Path(__file__).parent
 
 
 def lengths() -> dict[str, list[int]]:
-    """Lengths of documents, of as many tokens together, and the name of each way to divide them."""
+    """Return the lengths of documents for each way to divide the tokens, by its name."""
     total = DOCUMENTS * LENGTH
     rng = random.Random(0)
     ragged: list[int] = []
-    for _ in range(DOCUMENTS // 2):  # In pairs, so that the total is what it shall be.
+    for _ in range(DOCUMENTS // 2):  # In pairs, so that the total is right.
         one = rng.randint(SHORTEST, LONGEST)
         ragged += [one, 2 * LENGTH - one]
     short = [SHORT] * (total // SHORT)
@@ -44,7 +44,7 @@ def lengths() -> dict[str, list[int]]:
 
 
 def contenders(dtype: str, backward: bool) -> dict[str, Callable[[], object]]:
-    """A batch, and its tokens as documents one after the other."""
+    """Return functions that run a batch, and its tokens as documents one after another."""
     sizes = Sizes(LENGTH, batch=DOCUMENTS, dtype=dtype, backward=backward)
     query, key, value, grad = sizes.inputs()
     pattern = sizes.pattern()
@@ -77,7 +77,7 @@ def contenders(dtype: str, backward: bool) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, print and write the comparisons."""
     found: dict[str, Any] = {"machine": info(["torch"], build=True).for_measurement()}
     print("|", *(f"| {name}" for name in lengths()), "|")
     print("|---" * (1 + len(lengths())) + "|")

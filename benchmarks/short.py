@@ -1,8 +1,8 @@
-"""Short sequences beside dense causal attention, by backend "native": `make bench-short`.
+"""Time short sequences by "native" against dense causal attention: `make bench-short`.
 
-Nothing else may run beside it; it takes a few minutes. Writes benchmarks/short.json and prints, for
-each kind, the smallest median of all its comparisons. Left out is where the pattern has more than
-half of the pairs of dense attention.
+It takes a few minutes, and nothing else may run at the same time. Writes benchmarks/short.json and
+prints, for each kind, the smallest median of all its comparisons. Sizes at which the pattern has
+more than half of the pairs of dense attention are left out.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from colonnade.bench import Comparison, Sizes, compare, contenders
+from colonnade.bench.timing import Comparison, Sizes, compare, contenders
 from colonnade.info import info
 
 LENGTHS = (256, 512, 1_024)
 PATTERNS = ((16, 4), (64, 8), (128, 8), (128, 32))
 """Strides and summaries."""
 BATCHES = ((1, 1), (1, 8), (8, 8))
-"""Sequences at once, and their heads."""
+"""Sequences in a batch, and their heads."""
 ROUNDS = 31
 HERE = Path(__file__).parent
 
 
 def rows(kind: Sizes) -> Iterator[Sizes]:
-    """Every combination that has at most half of the pairs."""
+    """Yield every combination that has at most half of the pairs of dense attention."""
     for seq_len, (stride, summary), (batch, heads) in product(LENGTHS, PATTERNS, BATCHES):
         sizes = replace(
             kind,
@@ -43,7 +43,7 @@ def rows(kind: Sizes) -> Iterator[Sizes]:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, print and write the comparisons."""
     result: dict[str, Any] = {"machine": info(["torch"], build=True).for_measurement(), "rows": []}
     print("| | smallest median | (its spread) | at n; l, c; batch, heads | its ms | comparisons |")
     print("|---" * 6 + "|")

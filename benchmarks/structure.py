@@ -1,15 +1,16 @@
-"""Print how the code reads, as numbers: the way of a call through the files, and statements.
+"""Print how the code reads, as numbers: the files that a call goes through, and statements.
 
     python benchmarks/structure.py [--src FOLDER] [--files]
 
-A **walk** is the list of the package's files that one call enters, in order, repeats merged:
+A **walk** is the list of the package's files that one call enters, in order, with consecutive
+repeats merged:
 
-    stays     its length
+    stays     number of entries in the list
     climbs    steps to a file that stands higher in the order of imports
-    returns   steps to a file that the call was in before
+    returns   steps to a file that the call has been in before
 
 A file stands higher than everything it imports. Statements are those of the syntax tree, without
-docstrings. `--src` takes another checkout's `src` folder, so that two can be compared.
+docstrings. `--src` takes the `src` folder of another checkout, so that two can be compared.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PACKAGE = "colonnade"
 
 
 def statements(file: Path) -> int:
-    """Number of statements in a file; docstrings are not counted, nor are comments."""
+    """Count the statements of a file; docstrings and comments are none."""
     return sum(
         isinstance(node, ast.stmt) and not _is_docstring(node)
         for node in ast.walk(ast.parse(file.read_text()))
@@ -44,18 +45,18 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 class Heights:
-    """How high each file of a package stands: above every file that it imports."""
+    """Heights of a package's files: each file stands above every file that it imports."""
 
     def __init__(self, src: Path) -> None:
         self.src = src
 
     @functools.cache  # noqa: B019  # Lives as long as the script.
     def of(self, file: Path) -> int:
-        """0 for a file that imports none of the package, else 1 more than the highest it imports."""
+        """Return 0 if a file imports none of the package, else 1 more than the highest import."""
         return max((self.of(each) + 1 for each in self._imported(file) - {file}), default=0)
 
     def _imported(self, file: Path) -> set[Path]:
-        """The package's files that the top level of a file imports."""
+        """Return the package's files that the top level of a file imports."""
         files = set()
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Import):
@@ -75,7 +76,7 @@ class Heights:
 
 
 def walk(call: Callable[[], object], src: Path) -> list[Path]:
-    """The files of the package that a call enters, in order, repeats merged."""
+    """Return the package's files that a call enters, in order, consecutive repeats merged."""
     entered: list[Path] = []
     home = f"{src / PACKAGE}/"
 
@@ -93,7 +94,7 @@ def walk(call: Callable[[], object], src: Path) -> list[Path]:
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """The calls that are walked, each made ready: plans kept, caches filled."""
+    """Return the calls to walk, each made ready: plans are kept and caches are filled."""
     import torch
 
     import colonnade as col
@@ -101,7 +102,7 @@ def calls() -> dict[str, Callable[[], object]]:
     torch.set_grad_enabled(False)
     pattern = col.FixedPattern(128, 8)
     query, key, value = torch.randn(3, 1, 4, 1000, 32)
-    packed = [t[0].transpose(0, 1) for t in (query, key, value)]
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     cu_seqlens = torch.tensor([0, 300, 1000])
     cache = col.KVCache(pattern)
     cache.attend(query, key, value)
@@ -109,7 +110,7 @@ def calls() -> dict[str, Callable[[], object]]:
     return {
         "KVCache.attend, one token": lambda: cache.attend(*token),
         "attention": lambda: col.attention(query, key, value, pattern),
-        "attention_varlen": lambda: col.attention_varlen(*packed, cu_seqlens, pattern),
+        "attention_varlen": lambda: col.attention_varlen(q, k, v, cu_seqlens, pattern),
     }
 
 
@@ -118,8 +119,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--src", type=Path, default=Path(__file__).parents[1] / "src")
-    parser.add_argument("--files", action="store_true", help="name the files of each walk too")
+    parser.add_argument(
+        "--src",
+        type=Path,
+        default=Path(__file__).parents[1] / "src",
+        help="folder that holds the package; by default that of this checkout",
+    )
+    parser.add_argument("--files", action="store_true", help="list the files of each walk too")
     options = parser.parse_args()
     src = options.src.resolve()
     sys.path.insert(0, str(src))

@@ -1,9 +1,9 @@
 """Give a trained dense model fixed attention: train, retrofit, fine-tune, save, load, generate.
 
-Run as `python examples/retrofit.py`. It trains a small Llama on bytes (the source of Python's
-standard library), about two minutes on two cores, and prints held-out bits per byte of the dense
-model, right after the retrofit, and after fine-tuning, beside those of the dense model that was
-trained for as many more steps.
+Run `python examples/retrofit.py`. It trains a small Llama on bytes (the source of Python's standard
+library), which takes about two minutes on two cores. It prints held-out bits per byte of the dense
+model, of the model right after the retrofit and after fine-tuning, and of the dense model after as
+many more steps of training.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ from colonnade.train.optimizer import make_optimizer
 
 CONTEXT, STRIDE, SUMMARY = 1_024, 64, 8
 SCORED = 100_000
-"""Held-out bytes, each with at least half a window before it."""
+"""Number of held-out bytes to score, each with at least half a window before it."""
 
 
 def main() -> None:
-    """Everything."""
+    """Train, retrofit, fine-tune, save, load and generate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="of the dense model")
-    parser.add_argument("--fine-tune-steps", type=int, default=60, help="after the retrofit")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="number of steps to train the dense model for"
+    )
+    parser.add_argument(
+        "--fine-tune-steps",
+        type=int,
+        default=60,
+        help="number of steps to train for after the retrofit",
+    )
     arguments = parser.parse_args()
 
     corpus = standard_library()
@@ -81,7 +88,7 @@ def main() -> None:
 def train(
     model: PreTrainedModel, corpus: Corpus, steps: int, learning_rate: float, seed: int
 ) -> None:
-    """Train in place: Muon beside AdamW, cosine decay, bfloat16 under autocast."""
+    """Train in place with Muon and AdamW, cosine decay and bfloat16 under autocast."""
     batch_size = 4
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -1,4 +1,4 @@
-"""What the timings time: the right functions, in turns. No test here looks at a clock."""
+"""Measuring: the right functions run, in turns. No test here looks at a clock."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import colonnade
-from colonnade import FixedPattern, bench
-from colonnade.bench import Sizes, Spread
+from colonnade import FixedPattern
+from colonnade.bench import flex, memory, timing
+from colonnade.bench.timing import Contender, Sizes, Spread
 from colonnade.cli import app
 from colonnade.plan.table import gathered_mask
 from tests.oracle import fixed_mask
@@ -34,7 +35,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
     """Ratios are to the first contender, within a round."""
     ran = []
     names = ["one", "two", "three"]
-    found = bench.compare({name: lambda name=name: ran.append(name) for name in names}, rounds=4)
+    found = timing.compare({name: lambda name=name: ran.append(name) for name in names}, rounds=4)
     assert ran == names * 5
     assert list(found.seconds) == names
     assert list(found.ratio) == ["two", "three"]
@@ -54,8 +55,8 @@ def test_all_that_run_the_pattern_give_the_same(dtype: str) -> None:
     assert (outs["dense"] - outs["eager"]).abs().max() > 0.1
 
 
-def _all(sizes: Sizes) -> dict[str, bench.Function]:
-    return bench.contenders(sizes, ["native", "eager", "dense", "masked"])
+def _all(sizes: Sizes) -> dict[str, Contender]:
+    return timing.contenders(sizes, ["native", "eager", "dense", "masked"])
 
 
 @needs_native
@@ -83,13 +84,13 @@ def test_the_ceiling_grows_with_the_pairs() -> None:
     """It is so much a pair, and the backward's five products come on top of two."""
     short, long = (replace(SMALL, seq_len=n) for n in (40, 4_000))
     assert long.num_pairs() == 2 * FixedPattern(8, 2).num_pairs(4_000)
-    assert 0 < bench.ceiling(short) < bench.ceiling(long)
+    assert 0 < timing.ceiling(short) < timing.ceiling(long)
 
 
 @needs_native
 def test_the_ceiling_needs_no_attention_before_it() -> None:
     """A fresh process: nothing has loaded the library."""
-    code = "from colonnade.bench import Sizes, ceiling; print(ceiling(Sizes(seq_len=40, stride=8)))"
+    code = "from colonnade.bench.timing import Sizes, ceiling; print(ceiling(Sizes(40, stride=8)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0
@@ -106,7 +107,7 @@ def test_native_needs_at_most_twice_its_inputs_and_output(dtype: str) -> None:
     sizes = Sizes(seq_len=16_384, heads=4, kv_heads=4, dtype=dtype, backward=True)
     width = torch.finfo(getattr(torch, dtype)).bits // 8
     unit = 4 * sizes.heads * sizes.seq_len * sizes.head_dim * width
-    peak = bench.peak(sizes, "native")
+    peak = memory.peak(sizes, "native")
     print(f"peak beyond results: {peak / unit:.2f} · (q + k + v + out)")
     assert peak <= 2 * unit < sizes.num_pairs() * width
 
@@ -130,7 +131,7 @@ def test_the_command_prints_what_it_measured() -> None:
 @pytest.mark.plain
 def test_what_memory_cannot_hold_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask grows with the square of the length; the system kills who asks for too much."""
-    monkeypatch.setattr(bench, "_memory", lambda: 2**19)
+    monkeypatch.setattr(memory, "physical_memory", lambda: 2**19)
     options = "bench --stride 8 --summary 2 --heads 2 --head-dim 16 --rounds 1"
     for length, fits in ((200, True), (300, False)):
         command = [*options.split(), "--length", str(length)]
@@ -142,8 +143,8 @@ def test_what_memory_cannot_hold_is_left_out_and_named(monkeypatch: pytest.Monke
 
 def test_masks_are_timed_where_they_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     for gib, length, fits in ((24, 16_384, True), (24, 16_385, False), (2, 16_384, False)):
-        monkeypatch.setattr(bench, "_memory", lambda gib=gib: gib * 2**30)
-        assert bench.masked_fits(Sizes(length)) == fits
+        monkeypatch.setattr(memory, "physical_memory", lambda gib=gib: gib * 2**30)
+        assert memory.masked_fits(Sizes(length)) == fits
 
 
 @needs_native
@@ -161,8 +162,8 @@ def test_a_mask_goes_the_fast_way_of_pytorch() -> None:
 @pytest.mark.parametrize("gathered", [False, True])
 def test_flex_attention_is_timed_at_each_tile(gathered: bool) -> None:
     sizes = Sizes(seq_len=512, stride=64, summary=8, heads=2, kv_heads=2)
-    for tile, found in bench.flex(sizes, gathered, rounds=2).items():
-        assert isinstance(found, bench.Comparison), (tile, found)
+    for tile, found in flex.compare_tiles(sizes, gathered, rounds=2).items():
+        assert isinstance(found, timing.Comparison), (tile, found)
         assert set(found.ratio) == {"flex"}
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import colonnade
 from colonnade.cli import app
 from colonnade.train.data import standard_library
-from colonnade.train.run import RunSettings
+from colonnade.train.settings import RunSettings
 
 pytestmark = pytest.mark.plain  # A user's process has no type checks either.
 
@@ -210,7 +210,7 @@ def test_sample_goes_on_past_the_last_position(run: Path) -> None:
     assert found.stdout_bytes.startswith(prompt)
     assert len(found.stdout_bytes) == 200 + 300 + 1
     assert "of the 200 bytes of the prompt it reads the last 64" in found.stderr
-    assert "whenever they are used up, it goes on from the last 64 bytes" in found.stderr
+    assert "whenever they are used up, it continues from the last 64 bytes" in found.stderr
 
 
 def test_sample_writes_each_byte_when_it_is_drawn(run: Path) -> None:

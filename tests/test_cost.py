@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colonnade import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
+from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
 from colonnade.cost import Cost, Sizes, comparison, cost, num_kept
 from tests import oracle
 from tests.cases import PARTS, set_of
@@ -49,6 +50,28 @@ def test_entries_are_those_of_a_decoder(pattern: Pattern) -> None:
     for head in range(3):
         for length in range(20):
             assert num_kept(pattern, length, head) == most_kept(pattern, length, head)
+
+
+@each_small_pattern
+def test_a_cache_keeps_as_many(pattern: Pattern) -> None:
+    """Of part "summary" it keeps the open block whole, of strided patterns everything.
+
+    A window is moved once in as many tokens; until then its cache holds up to twice as much.
+    """
+    cache, widest, stored = KVCache(pattern), 0, 0
+    for length in range(1, 41):
+        key, value = torch.zeros(2, 1, 2, 1, 1)
+        keys, _ = cache.append(key, value)
+        widest = max(widest, keys.shape[2])
+        stored = max(stored, cache.num_stored)
+        most = max(num_kept(pattern, length, head) for head in range(2))
+        if isinstance(pattern, FixedPattern) and pattern.part != "summary":
+            assert widest == most
+        else:
+            assert widest >= most
+        if isinstance(pattern, FullPattern | LocalPattern):
+            assert stored == most
+        assert stored <= widest
 
 
 @each_small_pattern

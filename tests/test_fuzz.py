@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from colonnade.backends.eager import fixed as eager
+from colonnade.backends import eager
 from tests import fuzz
 
 # What it draws is right by construction; the checks of types cost it half of its calls.

@@ -1,7 +1,7 @@
 """The law of the tree: which file may import which, read from the source.
 
 pattern → plan → backends → ops → {cache, parallel} → nn → hf → train → cli, with shapes below
-everything, and next to it plot (patterns and shapes only), cost (these and plan), info (the public
+everything, and besides plot (patterns and shapes only), cost (these and plan), info (the public
 names) and bench (whatever lies below hf).
 """
 
@@ -49,6 +49,7 @@ BESIDE = {
         "parallel",
         "nn",
         "__init__",
+        "bench",
     },
 }
 MAY_IMPORT = BESIDE | {
@@ -179,6 +180,17 @@ def test_only_pattern_and_plan_know_blocks(file: Path) -> None:
         assert _divides_by_stride(ast.parse(file.read_text()))
     else:
         assert not _divides_by_stride(ast.parse(file.read_text()))
+
+
+LAID_OUT = {"nn/embedding.py", "backends/eager/windowed.py"}
+"""Files that lay a sequence out in lines as wide as a stride, and so count its lines."""
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_who_counts_blocks_is_named(file: Path) -> None:
+    """A number of blocks times the stride is a division by it under another name."""
+    counts = "colonnade.plan.lines" in set(_imports(file))
+    assert counts == (_name(file) in LAID_OUT | {"plan/table.py"})
 
 
 def test_importing_colonnade_loads_no_heavy_package() -> None:

@@ -1,7 +1,7 @@
-"""What a pattern costs: pairs, work of the attention products, and the cache of a decoder.
+"""The cost of a pattern: its pairs, the work of its matrix products, and a decoder's cache.
 
-Closed forms only: no mask is built, so a length of 2^30 takes no longer than one of 16. The
-patterns are those of Child et al. 2019 (arXiv:1904.10509), sections 4 and 5.
+Everything follows from closed forms and no mask is built, so a length of 2^30 takes no longer than
+one of 16. The patterns are those of Child et al. 2019 (arXiv:1904.10509), sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from colonnade.pattern import (
     StridedPattern,
     check_count,
 )
-from colonnade.plan.lines import num_blocks
+from colonnade.plan.kept import kept_begin
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-"""Of one number, by the name of its type."""
+"""Bytes of one number, by the name of its type."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model around a pattern.
+    """The sizes of a model around a pattern.
 
     Args:
-        heads: Query heads.
-        kv_heads: Key/value heads, a divisor of `heads`.
+        heads: Number of query heads.
+        kv_heads: Number of key/value heads, a divisor of `heads`.
         width: Width of the values, summed over the query heads; a multiple of `heads`.
-        qk_width: Width of the queries, summed over them; a multiple of `heads`.
-        layers: Layers that have the pattern.
-        batch: Sequences at once.
+        qk_width: Width of the queries, summed over the query heads; a multiple of `heads`.
+        layers: Number of layers that have the pattern.
+        batch: Number of sequences at once.
         dtype: Type of the cached keys and values: float32, bfloat16, float16 or float64.
 
     Raises:
         TypeError: A count is not an integer.
-        ValueError: A count is below 1, heads and widths do not divide, or another `dtype`.
+        ValueError: A count is below 1, a count does not divide another as above, or `dtype` is
+            unknown.
     """
 
     heads: int
@@ -56,38 +57,39 @@ class Sizes:
             if many % few != 0:
                 raise ValueError(
                     f"{name} must be a multiple of {divisor}, got {name}={many} and "
-                    f"{divisor}={few}; {name}={num_blocks(many, few) * few} would be."
+                    f"{divisor}={few}; {name}={-(-many // few) * few} would be."
                 )
         if self.dtype not in BYTES:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got dtype={self.dtype!r}.")
 
     @property
     def qk_dim(self) -> int:
-        """Width of a query and of a key, per head."""
+        """Width of one head's queries and keys."""
         return self.qk_width // self.heads
 
     @property
     def v_dim(self) -> int:
-        """Width of a value and of an output, per head."""
+        """Width of one head's values and outputs."""
         return self.width // self.heads
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What `cost` finds. FLOPs count a multiply-add as two.
+    """The cost of a pattern, as `cost` returns it. FLOPs count a multiply-add as two.
 
     Attributes:
-        pairs_per_kv_head: For each key/value head, how many pairs (i, j) one query head reads.
-        pairs: All pairs of one layer and one sequence, over the query heads.
+        pairs_per_kv_head: Number of pairs (i, j) that one query head reads, for each key/value
+            head.
+        pairs: Number of pairs of one layer and one sequence, over all query heads.
         share_of_full: `pairs` / (heads · n(n+1)/2), in [0, 1].
-        forward_flops: 2 · pairs · (qk_dim + v_dim) · layers · batch: scores, and their product
-            with the values. The softmax, the projections and all else are left out.
-        backward_flops: 2 · pairs · (3 · qk_dim + 2 · v_dim) · layers · batch: the scores once
-            more, and the gradients of weights, values, queries and keys. Five products against
-            two: 2.5 times the forward if qk_dim = v_dim.
-        cache_entries: The most positions that a decoder holds for a key/value head: `num_kept`.
-        cache_bytes: Of keys and values: their entries · (qk_dim + v_dim) · bytes of a number, over
-            key/value heads, layers and batch.
+        forward_flops: 2 · pairs · (qk_dim + v_dim) · layers · batch, for the scores and their
+            product with the values. The softmax, the projections and everything else are left out.
+        backward_flops: 2 · pairs · (3 · qk_dim + 2 · v_dim) · layers · batch, for the scores once
+            more and the gradients of weights, values, queries and keys. These are five products
+            against two: 2.5 times the forward if qk_dim = v_dim.
+        cache_entries: The most positions that a decoder keeps for a key/value head, see `num_kept`.
+        cache_bytes: Bytes of the keys and values in these entries, over key/value heads, layers
+            and batch: entries · (qk_dim + v_dim) · bytes of a number.
     """
 
     pairs_per_kv_head: tuple[int, ...]
@@ -99,15 +101,15 @@ class Cost:
     cache_bytes: int
 
     def times_fewer_than(self, other: Cost) -> float:
-        """How many times the pairs of this one the other has; below 1 where it has fewer."""
+        """Return `other.pairs` / `self.pairs`, which is below 1 if the other has fewer pairs."""
         return other.pairs / self.pairs
 
 
 def cost(pattern: Pattern, seq_len: int, sizes: Sizes) -> Cost:
-    """Pairs, work and cache of a causal `pattern` over `seq_len` positions.
+    """Return the pairs, the work and the cache of a causal `pattern` over `seq_len` positions.
 
     Raises:
-        TypeError: `seq_len` is not an integer, or `pattern` is none of this package's.
+        TypeError: `seq_len` is not an integer, or `pattern` is not one of this package's.
         ValueError: `seq_len` is below 1, the pattern is bidirectional, or it reads nothing.
     """
     check_count("seq_len", seq_len, minimum=1)
@@ -115,7 +117,10 @@ def cost(pattern: Pattern, seq_len: int, sizes: Sizes) -> Cost:
     read = tuple(pattern.num_pairs(seq_len, head) for head in range(sizes.kv_heads))
     pairs = sum(read) * (sizes.heads // sizes.kv_heads)
     if pairs == 0:
-        raise ValueError(f"the pattern must read something, got seq_len={seq_len} for {pattern}.")
+        raise ValueError(
+            f"the pattern must read something, got seq_len={seq_len} for {pattern}. "
+            "Use a longer sequence or another part of the pattern."
+        )
     every = sizes.heads * FullPattern().num_pairs(seq_len)
     copies = sizes.layers * sizes.batch
     return Cost(
@@ -130,61 +135,52 @@ def cost(pattern: Pattern, seq_len: int, sizes: Sizes) -> Cost:
 
 
 def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
-    """The most positions that a decoder must hold while it goes through `seq_len` of them.
+    """Return the most positions that a decoder must keep on its way through `seq_len` of them.
 
-    At step i it holds {j <= i : some i' >= i reads j}, however long the sequence goes on; this is
-    the largest of these counts for i < n = `seq_len`. With B = ceil(n/l) blocks, or rows:
-
-    - fixed, merged: the open block up to i and c summaries of every closed block, so at the end of
-      the last block but one c·(B-2) + l, at the last position c·(B-1) + n - (B-1)·l: the larger;
-    - fixed, "local": min(n, l). "summary": the summary columns among n positions;
-    - strided: n, for a query of every later row reads the column of j. "local": min(n, l + 1);
-    - local: min(n, window). Full: n.
+    At step i it keeps {j <= i : some i' >= i reads j}, however long the sequence goes on. The
+    result is the largest of these counts for i < n = `seq_len`. A strided pattern, its "local" part
+    apart, keeps all n: in every later row some query reads the column of j. All others keep no more
+    than some query reads, |S_i|, which is largest at the last position or at the end of the last
+    complete block: fixed with B = ceil(n/l) blocks c·(B-1) + n - (B-1)·l or c·(B-2) + l, a window
+    min(n, window).
 
     Args:
         pattern: A causal pattern.
-        seq_len: Positions that are decoded, the prompt among them.
+        seq_len: Number of positions, prompt included.
         head: The key/value head.
 
     Raises:
-        TypeError: A count is not an integer, or `pattern` is none of this package's.
+        TypeError: A count is not an integer, or `pattern` is not one of this package's.
         ValueError: A count is below 0, or the pattern is bidirectional.
     """
     check_count("seq_len", seq_len, minimum=0)
     check_count("head", head, minimum=0)
     match pattern:
         case FixedPattern(causal=False) | FullPattern(causal=False):
-            raise ValueError(f"a bidirectional pattern has no decoder, got {pattern}.")
-        case FixedPattern():
-            return _num_kept_fixed(pattern, seq_len, head)
-        case LocalPattern(window=window):
-            return min(seq_len, window)
-        case StridedPattern(stride=stride, part="local"):
-            return min(seq_len, stride + 1)
-        case StridedPattern() | FullPattern():
+            raise ValueError(
+                f"a bidirectional pattern has no decoder, got {pattern}. Use causal=True."
+            )
+        case StridedPattern(part="merged" | "summary"):
             return seq_len
+        case FixedPattern() | StridedPattern() | LocalPattern() | FullPattern():
+            block_end = kept_begin(pattern, max(seq_len - 1, 0))
+            return max(_num_read(pattern, end, head) for end in (seq_len, block_end))
     raise TypeError(f"pattern must be one of this package's, got {type(pattern).__name__}.")
 
 
-def _num_kept_fixed(pattern: FixedPattern, seq_len: int, head: int) -> int:
-    stride, summary = pattern.stride, pattern.summary
-    closed = max(num_blocks(seq_len, stride) - 1, 0)
-    of_open_block = seq_len - closed * stride
-    if pattern.part == "local":
-        return min(seq_len, stride)
-    if pattern.part == "summary":
-        seen = of_open_block - pattern.summary_columns(head).start
-        return closed * summary + min(max(seen, 0), summary)
-    at_last_position = closed * summary + of_open_block
-    return max(at_last_position, (closed - 1) * summary + stride) if closed else at_last_position
+def _num_read(pattern: Pattern, seq_len: int, head: int) -> int:
+    """The number of positions that the last of `seq_len` positions reads."""
+    before = pattern.num_pairs(max(seq_len - 1, 0), head)
+    return pattern.num_pairs(seq_len, head) - before
 
 
 def comparison(
     pattern: FixedPattern, window: int, seq_len: int
 ) -> dict[str, FixedPattern | StridedPattern | LocalPattern | FullPattern]:
-    """What `pattern` is set beside: others at the same stride, and itself at the best stride.
+    """Return patterns to compare `pattern` with, by name, and itself as "fixed".
 
-    The best stride is `FixedPattern.best_stride`, but never one too short for the sub-blocks.
+    They are the strided pattern of the same stride, a local one, the full one, and `pattern` at
+    `FixedPattern.best_stride`, or at the smallest stride with room for its sub-blocks.
     """
     columns = pattern.summary * pattern.subblocks
     best = FixedPattern.best_stride(seq_len, min(pattern.summary, seq_len))

@@ -1,6 +1,7 @@
-"""What colonnade runs on here: versions, processor, compiler, GPUs, backends.
+"""Facts of this machine: versions, processor, compiler, GPUs, backends.
 
-For a report of a mistake or of a measurement. It holds no path, and needs no extra.
+For bug reports, for measurements, and for defaults that depend on the machine. Nothing here names
+a path or needs an extra.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ import colonnade
 
 @dataclass(frozen=True)
 class Info:
-    """What `info` finds.
+    """Facts of this machine that a report should hold.
 
     Attributes:
-        versions: Of colonnade, Python and each package; None: it is not installed.
+        versions: Version of colonnade, Python and each package, or None if it is not installed.
         platform: Operating system and architecture.
-        processor: Its name.
+        processor: Name of the processor.
         instructions: Extensions of the instruction set that torch finds, sorted.
-        torch_kernels: The instruction set that torch's own kernels take, such as "AVX512".
-        cores: Logical cores.
-        threads: How many of them torch uses.
-        compiler: Name and version of the C++ compiler; None: there is none.
-        python_headers: Whether Python.h is there, which torch.compile needs beside a compiler.
-        gpus: Name, compute capability and memory in bytes of each.
-        backends: Each backend of `attention`, and why it is not usable here; None: it is.
+        torch_kernels: Instruction set that torch's own kernels use, such as "AVX512".
+        cores: Number of logical cores.
+        threads: Number of threads that torch uses.
+        compiler: Name and version of the C++ compiler that torch.compile uses, or None.
+        python_headers: Whether Python.h is there, which torch.compile needs besides a compiler.
+        gpus: Name, compute capability and memory in bytes of each GPU.
+        backends: For each backend of `attention`, why it is not usable here, or None if it is.
     """
 
     versions: dict[str, str | None]
@@ -52,15 +53,15 @@ class Info:
     backends: dict[str, str | None]
 
     def for_measurement(self) -> dict[str, Any]:
-        """What a time on this machine depends on."""
-        names = ("versions", "processor", "instructions", "torch_kernels", "threads")
-        return {name: getattr(self, name) for name in names}
+        """Return the facts that a time on this machine depends on."""
+        matters = ("versions", "processor", "instructions", "torch_kernels", "threads")
+        return {name: getattr(self, name) for name in matters}
 
 
 def info(packages: Iterable[str], build: bool = False) -> Info:
-    """What is installed of `packages`, and what the machine has.
+    """Collect the facts, with the versions of `packages`.
 
-    `build` compiles what a backend needs compiled, if it never was.
+    With `build`, backends that have to be compiled are, if they never were.
     """
     capabilities = torch.cpu.get_capabilities()
     name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
@@ -76,8 +77,8 @@ def info(packages: Iterable[str], build: bool = False) -> Info:
         torch_kernels=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
-        compiler=_compiler(),
-        python_headers=Path(sysconfig.get_path("include"), "Python.h").exists(),
+        compiler=_compiler_version(),
+        python_headers=_has_python_headers(),
         gpus=_gpus(),
         backends=colonnade.backends(build),
     )
@@ -90,9 +91,31 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _compiler() -> str | None:
-    """What the compiler that torch.compile would take calls itself."""
-    path = shutil.which(os.environ.get("CXX", "g++"))
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
+    return _compiler_path() is not None and _has_python_headers()
+
+
+def good_at_bf16() -> bool:
+    """Whether the processor, or the GPU if there is one, multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _compiler_path() -> str | None:
+    """Return the path of the C++ compiler that torch.compile uses."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _has_python_headers() -> bool:
+    return Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def _compiler_version() -> str | None:
+    """Return the first line that the compiler says about itself, or its name."""
+    path = _compiler_path()
     if path is None:
         return None
     try:
@@ -105,12 +128,11 @@ def _compiler() -> str | None:
 def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
-    every = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [
         {
             "name": gpu.name,
             "compute_capability": f"{gpu.major}.{gpu.minor}",
             "memory_bytes": gpu.total_memory,
         }
-        for gpu in every
+        for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]

@@ -1,6 +1,6 @@
-"""Pictures: of a pattern, as characters or as an image; and of a loss curve.
+"""Draw a pattern as characters or as an image, and a training run as a loss curve.
 
-Needs matplotlib (extra "plot") for images; the text picture needs nothing.
+The images need matplotlib, which the extra "plot" installs; the picture in characters does not.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ COLOR = "#2e6f95"
 
 
 def pattern_text(pattern: Pattern, seq_len: int, head: int = 0, row: int | None = None) -> str:
-    """The mask of one head as lines of characters, query positions down, key positions across.
+    """Return the mask of one head as lines of characters, queries down and keys across.
 
-    `row` is marked with an arrow at its end.
+    Args:
+        pattern: The pattern to draw.
+        seq_len: Number of positions.
+        head: The key/value head.
+        row: A query position to mark with an arrow and its number of keys.
 
     Raises:
+        TypeError: `seq_len` is not an integer.
         ValueError: `row` lies outside [0, seq_len).
     """
     _check_row(row, seq_len)
@@ -38,10 +43,18 @@ def pattern_text(pattern: Pattern, seq_len: int, head: int = 0, row: int | None 
 def draw_pattern(
     pattern: Pattern, seq_len: int, path: Path, num_heads: int = 1, row: int | None = None
 ) -> None:
-    """Write the masks of `num_heads` key/value heads, side by side, to a PNG or SVG.
+    """Write the masks of `num_heads` key/value heads, side by side, to an image file.
+
+    Args:
+        pattern: The pattern to draw.
+        seq_len: Number of positions.
+        path: The file; its ending chooses the format, such as .png or .svg.
+        num_heads: Number of key/value heads.
+        row: A query position to highlight.
 
     Raises:
-        ValueError: `row` lies outside [0, seq_len), or matplotlib cannot write such a file.
+        TypeError: `seq_len` or `num_heads` is not an integer.
+        ValueError: `row` lies outside [0, seq_len), or matplotlib does not know the file's ending.
         OSError: The file cannot be written.
     """
     from matplotlib.figure import Figure
@@ -65,7 +78,7 @@ def draw_pattern(
 def _draw_mask(axes: Axes, mask: list[list[bool]], row: int | None) -> None:
     from matplotlib.colors import ListedColormap
 
-    # 0: not read, 1: read, 2: not read in the highlighted row, 3: read there.
+    # 0 is not read and 1 is read; in the highlighted row 2 is not read and 3 is read.
     shades = [[int(read) + 2 * (i == row) for read in line] for i, line in enumerate(mask)]
     colors = ListedColormap(["#f4f4f2", COLOR, ROW, HIGHLIGHT])
     axes.imshow(shades, cmap=colors, vmin=0, vmax=3, interpolation="nearest")
@@ -79,9 +92,17 @@ def _draw_mask(axes: Axes, mask: list[list[bool]], row: int | None) -> None:
 def draw_loss(
     steps: Sequence[int], bits_per_byte: Sequence[float], path: Path, held_out: float | None = None
 ) -> None:
-    """Write a curve of training loss, in bits per byte over steps, to a PNG or SVG.
+    """Write the curve of a training loss, in bits per byte over steps, to an image file.
 
-    `held_out` is drawn as a level to compare with.
+    Args:
+        steps: The steps at which the loss was logged.
+        bits_per_byte: The training loss at each of these steps.
+        path: The file; its ending chooses the format, such as .png or .svg.
+        held_out: Loss on validation bytes at the end, drawn as a dashed level.
+
+    Raises:
+        ValueError: matplotlib does not know the file's ending.
+        OSError: The file cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Shapes of the tensors that cross module boundaries, and the notation that they are written in.
+"""Shapes of the tensors that cross module boundaries, and the words that the code uses.
 
 | axis       | meaning                                                  | in the paper |
 |------------|----------------------------------------------------------|--------------|
@@ -12,9 +12,30 @@
 | `v_dim`    | width of a value and of an output, per head              |              |
 | `slots`    | gathered summary columns                                 | c·n/l        |
 | `kept`     | entries of a cache: slots, then a tail of positions      |              |
-| `rows`     | rows of a plan: a run of queries inside one block        |              |
+| `rows`     | rows of a plan's table                                   |              |
 
 Sizes of a pattern: `stride` (the paper's l) and `summary` (its c). All positions are 0-based.
+
+| word       | meaning                                                                        |
+|------------|--------------------------------------------------------------------------------|
+| block      | positions b·l … (b+1)·l - 1; it is closed once it is complete, open before     |
+| summary    | a column of every block that all later positions read                          |
+| sub-block  | the g-th group of c columns from the end of a block; key heads take turns      |
+| slot       | a gathered summary: a key and a value                                          |
+| own key    | a key of the block that a query lies in                                        |
+| row        | a row of a plan's table: queries of one block, and the keys that they read     |
+| batch row  | one sequence of a batch                                                        |
+| document   | one of several sequences that are packed together, one after the other         |
+| entry      | a key and a value that a cache keeps                                           |
+| tail       | the positions that a cache keeps one by one, behind its slots                  |
+| reduced    | a block of which only the summaries are kept                                   |
+| chunk      | consecutive new positions that a cache is given                                |
+| head group | key heads that read one pattern                                                |
+| window     | the last positions that a query reads (in `train`: a stretch of bytes)         |
+| tile       | rows that a kernel works on at once                                            |
+| piece      | at most 128 queries of a row, which one thread takes (C++)                     |
+| granule    | 64 keys that are packed together for the products (C++)                        |
+| run        | one training from its first step to its last                                   |
 
 The aliases are checked at run time in the test suite only; elsewhere they cost nothing.
 """
@@ -41,6 +62,7 @@ CuSeqlens: TypeAlias = Int[Tensor, " documents_and_1"]
 
 Mask: TypeAlias = Bool[Tensor, "heads q_len kv_len"]
 KeptMask: TypeAlias = Bool[Tensor, "batch kv_heads kept"]
+SeenMask: TypeAlias = Bool[Tensor, "#batch kv_heads #q_len kv_len"]
 Positions: TypeAlias = Int[Tensor, "..."]
 
 Gather: TypeAlias = Int[Tensor, "kv_heads slots"]
@@ -69,6 +91,7 @@ __all__ = [
     "Positions",
     "Query",
     "Rotary",
+    "SeenMask",
     "Shift",
     "Table",
     "Value",

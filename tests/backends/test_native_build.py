@@ -150,4 +150,4 @@ def test_the_cache_lies_where_users_keep_caches(
     assert build.cache_folder() == Path.home() / ".cache" / "colonnade"
     monkeypatch.setenv("COLONNADE_CACHE", str(tmp_path / "mine"))
     assert build.cache_folder() == tmp_path / "mine"
-    assert "info --build" in str(build.unusable(build=False))
+    assert "info --build" in str(build.reason_unusable(build=False))

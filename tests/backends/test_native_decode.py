@@ -14,6 +14,7 @@ from torch import Tensor
 import colonnade
 from colonnade import FullPattern
 from colonnade.backends import native
+from colonnade.backends.call import Call, Seen
 from tests.cases import Case, Inputs
 from tests.layouts import LAYOUTS, laid_out
 from tests.oracle import dense_attention
@@ -23,6 +24,14 @@ why_not = colonnade.backends()["native"]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=f"native {why_not}")
 
 each_dtype = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+
+
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, reads: Tensor | None, scale: float
+) -> Tensor:
+    """The output of backend "native" over all entries, or those that `reads` marks."""
+    seen = Seen(None if reads is None else reads[:, :, None])
+    return native.attend(query, key, value, Call(FullPattern(), scale, keys=seen))[0]
 
 
 def _case(kept: int, group: int = 2, qk_dim: int = 24, v_dim: int = 16) -> Case:
@@ -41,7 +50,7 @@ def _check(case: Case, dtype: torch.dtype, masked: bool) -> None:
     """Each key head of each row by itself, with the entries that it reads and no others."""
     inputs = case.inputs(dtype)
     reads = _half(case) if masked else None
-    whole = native.decode(*inputs[:3], reads, case.scale)
+    whole = _decode(*inputs[:3], reads, case.scale)
     assert whole.dtype == dtype
     for row in range(case.batch):
         for head in range(case.kv_heads):
@@ -87,17 +96,17 @@ def test_more_than_one_run_of_entries(kept: int, masked: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_same_bits(layout: str, dtype: torch.dtype) -> None:
     inputs = _case(300).inputs(dtype)
-    found = native.decode(*laid_out(inputs, layout)[:3], None, 0.3)
-    assert torch.equal(found, native.decode(*inputs[:3], None, 0.3))
+    found = _decode(*laid_out(inputs, layout)[:3], None, 0.3)
+    assert torch.equal(found, _decode(*inputs[:3], None, 0.3))
 
 
 @each_dtype
 def test_a_part_of_a_longer_buffer(dtype: torch.dtype) -> None:
     """Nothing behind it is read, not even to be thrown away."""
     query, key, value = _case(300).inputs(dtype)[:3]
-    expected = native.decode(query, key[:, :, :201].clone(), value[:, :, :201].clone(), None, 0.3)
+    expected = _decode(query, key[:, :, :201].clone(), value[:, :, :201].clone(), None, 0.3)
     key[:, :, 201:] = value[:, :, 201:] = math.nan
-    found = native.decode(query, key[:, :, :201], value[:, :, :201], None, 0.3)
+    found = _decode(query, key[:, :, :201], value[:, :, :201], None, 0.3)
     assert torch.equal(found, expected)
 
 
@@ -109,7 +118,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None
         found = []
         for number in (1, 2, 3, 7):
             torch.set_num_threads(number)
-            found.append(native.decode(*inputs, None, 0.3))
+            found.append(_decode(*inputs, None, 0.3))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -124,22 +133,22 @@ def test_bad_numbers_reach_who_reads_them(of: str, bad: float, dtype: torch.dtyp
     inputs = _case(300).inputs(dtype)
     reads = _half(_case(300))
     reads[1, 1, at] = True
-    clean = native.decode(*inputs[:3], reads, 0.3)
+    clean = _decode(*inputs[:3], reads, 0.3)
     marked = getattr(inputs, of).clone()
     if of == "query":
         marked[1, 2] = bad
     else:
         marked[1, 1, at] = bad
     changed = inputs._replace(**{of: marked})
-    found = native.decode(*changed[:3], reads, 0.3)
+    found = _decode(*changed[:3], reads, 0.3)
     touched = torch.zeros(2, 4, dtype=torch.bool)
     touched[1, 2:] = True
     assert torch.equal(found[~touched], clean[~touched])
     assert not found[1, 2].isfinite().any()
     if of != "query":
         reads[1, 1, at] = False
-        without = native.decode(*inputs[:3], reads, 0.3)
-        assert torch.equal(native.decode(*changed[:3], reads, 0.3), without)
+        without = _decode(*inputs[:3], reads, 0.3)
+        assert torch.equal(_decode(*changed[:3], reads, 0.3), without)
 
 
 @each_dtype
@@ -151,7 +160,7 @@ def test_extreme_scores(scale: float, dtype: torch.dtype) -> None:
     query, key, value = inputs.double()[:3]
     expected, _ = dense_attention(query, key, value, case.mask(), scale)
     scores = scale * query @ key.repeat_interleave(case.group, 1).mT
-    found = native.decode(*inputs[:3], None, scale).double()
+    found = _decode(*inputs[:3], None, scale).double()
     apart = scores.topk(2).values.diff().flatten() < -scores.abs().amax() * 1e-4
     assert scale == 0 or apart.all()
     tolerance = 4 * torch.finfo(dtype).eps * value.abs().max().item()
@@ -182,6 +191,7 @@ def test_what_it_takes(dtype: torch.dtype, q_len: int, wants_grad: bool, takes: 
     """It has no gradients."""
     query, key, value = replace(_case(9), q_len=q_len).inputs(dtype)[:3]
     value.requires_grad_(wants_grad)
-    assert native.decodes(query, key, value) == takes
+    call = Call(FullPattern(), 1.0, keys=Seen(None))
+    assert (native.reason_declined(query, key, value, call) is None) == takes
     with torch.no_grad():
-        assert native.decodes(query, key, value) == (takes or wants_grad)
+        assert (native.reason_declined(query, key, value, call) is None) == (takes or wants_grad)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern
-from colonnade.ops.heads import Patterns, runs_of_heads
+from colonnade.ops.heads import Patterns, head_groups
 from tests.cases import EXAMPLES, mask_of
 from tests.oracle import dense_attention
 
@@ -68,7 +68,7 @@ def whole(pattern: Patterns, tensors: Triple, first: int = 0) -> Tensor:
     query, key, value = tensors
     group, scale = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
     outs = []
-    for of_run, begin, stop in runs_of_heads(pattern, key.shape[1]):
+    for of_run, begin, stop in head_groups(pattern, key.shape[1]):
         mask = mask_of(of_run, key.shape[2], stop - begin)[:, first:]
         q, k, v = query[:, begin * group : stop * group], key[:, begin:stop], value[:, begin:stop]
         outs.append(dense_attention(q[:, :, first:], k, v, mask, scale)[0])

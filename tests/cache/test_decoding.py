@@ -12,7 +12,9 @@ from torch import Tensor
 
 import colonnade
 from colonnade import FixedPattern, KVCache, Pattern
-from colonnade.ops.attention import attention_reduced
+from colonnade.backends.call import Kept
+from colonnade.backends.choice import run
+from colonnade.ops.check import make_call
 from colonnade.ops.heads import Patterns
 from tests.cache.common import (
     CAUSAL,
@@ -93,7 +95,7 @@ def test_every_backend_takes_reduced_blocks(backend: str, part: Any, q_len: int)
         )
         k, v = (torch.stack([t[:, h, kept[h]] for h in range(3)], 1) for t in (key, value))
         q = query[:, :, 23 - q_len :]
-        found = attention_reduced(q, k, v, pattern, reduced, backend=backend)
+        found, _ = run(q, k, v, make_call(q, pattern, keys=Kept(reduced)), backend)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6
         torch.testing.assert_close(found, expected[:, :, 23 - q_len :], rtol=0, atol=tolerance)
 

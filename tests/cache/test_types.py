@@ -15,7 +15,7 @@ from tests.cache.common import MERGED, alone, decode, decode_padded, draw, each,
 def perhaps_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token as C++ computes it, where that runs, and as PyTorch does."""
     if request.param == "without native":
-        monkeypatch.setattr(native, "decodes", lambda *_: False)
+        monkeypatch.setattr(native, "reason_declined", lambda *_: "is switched off")
 
 
 @pytest.mark.usefixtures("perhaps_native")

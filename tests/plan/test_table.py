@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from colonnade import FixedPattern
 from colonnade.pattern import Part
 from colonnade.plan.lines import block_and_offset
-from colonnade.plan.table import Plan, fixed_plan, head_groups, packed_plan, table_rows
+from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan, table_rows
 from tests.cases import PARTS, Case, cases, fixed_patterns, set_of
 
 Reads = list[list[int]]
@@ -29,7 +29,7 @@ def _plans(case: Case) -> list[tuple[range, Plan]]:
     assert isinstance(pattern, FixedPattern)
     return [
         (heads, fixed_plan(pattern, case.q_len, case.kv_len, heads))
-        for heads in head_groups(pattern, case.kv_heads)
+        for heads in heads_by_plan(pattern, case.kv_heads)
     ]
 
 
@@ -65,7 +65,7 @@ def _sets(pattern: FixedPattern, lengths: Sequence[int], head: int) -> Reads:
 @given(pattern=fixed_patterns(), num_kv_heads=st.integers(1, 12))
 def test_every_head_is_in_one_group_with_its_like(pattern: FixedPattern, num_kv_heads: int) -> None:
     """A causal plan serves all heads; a bidirectional one, those with equal columns."""
-    groups = head_groups(pattern, num_kv_heads)
+    groups = heads_by_plan(pattern, num_kv_heads)
     assert sorted(head for heads in groups for head in heads) == list(range(num_kv_heads))
     if pattern.causal:
         assert len(groups) == 1
@@ -172,7 +172,7 @@ def test_a_plan_at_full_length() -> None:
 
 def _check_documents(pattern: FixedPattern, lengths: Sequence[int], num_kv_heads: int) -> None:
     total = sum(lengths)
-    for heads in head_groups(pattern, num_kv_heads):
+    for heads in heads_by_plan(pattern, num_kv_heads):
         plan = packed_plan(pattern, lengths, heads)
         _check_bounds(plan, total)
         for index, head in enumerate(heads):
@@ -223,7 +223,7 @@ def test_documents_gather_no_slot_for_nobody(
 def test_one_document_is_one_sequence(
     pattern: FixedPattern, length: int, num_kv_heads: int
 ) -> None:
-    for heads in head_groups(pattern, num_kv_heads):
+    for heads in heads_by_plan(pattern, num_kv_heads):
         packed, alone = (
             packed_plan(pattern, [length], heads),
             fixed_plan(pattern, length, length, heads),

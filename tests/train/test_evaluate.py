@@ -68,7 +68,7 @@ def test_model_bits_equal_the_sum_over_positions() -> None:
 def test_tables_equal_counting_by_hand(
     tmp_path: Path, order: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    monkeypatch.setattr(evaluate, "COUNTED_AT_ONCE", chunk)
     text = b"abracadabra, abracadabra; " * 20
     file = tmp_path / "text"
     file.write_bytes(text)

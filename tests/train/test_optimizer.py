@@ -1,4 +1,4 @@
-"""Muon beside AdamW as one optimizer: the same steps as apart, also through a saved state."""
+"""Muon and AdamW as one optimizer: the same steps as apart, also through a saved state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon
 
 from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM
-from colonnade.train.optimizer import BETAS, Together, make_optimizer
+from colonnade.train.optimizer import BETAS, CombinedOptimizer, make_optimizer
 
 
 def tiny_model() -> SparseTransformerForCausalLM:
@@ -43,10 +43,10 @@ def test_every_parameter_is_in_one_group(name: str) -> None:
             assert (group["weight_decay"] > 0) == (parameter.ndim == 2)
 
 
-def test_together_steps_as_the_parts_do() -> None:
+def test_combined_optimizers_step_as_they_do_apart() -> None:
     model, apart = tiny_model(), tiny_model()
     apart.load_state_dict(model.state_dict())
-    together = make_optimizer(model, "muon", 1e-2, 0.1)
+    combined = make_optimizer(model, "muon", 1e-2, 0.1)
     tables = ("token.weight", "row.weight", "column.weight", "lm_head.weight")
     named = dict(apart.named_parameters())
     matrices = [p for n, p in named.items() if p.ndim == 2 and not n.endswith(tables)]
@@ -63,7 +63,7 @@ def test_together_steps_as_the_parts_do() -> None:
     for seed in range(3):
         fill_gradients(model, seed)
         fill_gradients(apart, seed)
-        together.step()
+        combined.step()
         muon.step()
         adamw.step()
     for one, other in zip(model.parameters(), apart.parameters(), strict=True):
@@ -80,10 +80,10 @@ def test_state_survives_saving_and_loading() -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for optimizer, stepped in ((first, model), (second, other)):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3  # What a schedule does; it has to reach the parts.
+            group["lr"] = 1e-3  # What a schedule does; it has to reach the members.
         fill_gradients(stepped, 1)
         optimizer.step()
-    assert isinstance(second, Together)
+    assert isinstance(second, CombinedOptimizer)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
 

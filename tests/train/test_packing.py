@@ -21,6 +21,8 @@ from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM
 from colonnade.hf.model import SparseTransformerModel
 from colonnade.train import run
 from colonnade.train.data import SPLITS, Corpus, PackedWindows, open_corpus
+from colonnade.train.folder import prepare_folder
+from colonnade.train.settings import RunSettings
 
 CONTEXT = 24
 sizes_of_files = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(
@@ -157,7 +159,7 @@ def test_a_run_reads_packed_windows_and_goes_on_with_them(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(SparseTransformerModel, "forward", record)
-    settings = run.RunSettings(
+    settings = RunSettings(
         data=str(_folder(tmp_path / "texts")),
         steps=4,
         batch_size=2,
@@ -168,9 +170,9 @@ def test_a_run_reads_packed_windows_and_goes_on_with_them(
     )
     config = _config(scheme="interleaved", attention_dropout=0.2)
     folder = tmp_path / "run"
-    run.prepare_folder(folder, overwrite=False)
+    prepare_folder(folder, overwrite=False)
     run.check(config, settings)
-    run.train(config, settings, folder, say=lambda said: None)
+    run.start(config, settings, folder, say=lambda said: None)
 
     corpus = settings.corpus()
     for training, split, count in ((True, "train", 8), (False, "validation", 32)):

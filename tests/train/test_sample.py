@@ -43,6 +43,6 @@ def test_every_byte_is_the_likeliest_after_its_window(prompt: bytes) -> None:
             assert int(model(window, use_cache=False).logits[0, -1].argmax()) == text[index]
         at += new
     assert at == len(text)
-    assert report.cached == read + new - 1
-    assert report.stored <= report.cached
+    assert report.seen == read + new - 1
+    assert report.kept <= report.seen
     assert report.num_bytes == 60 - len(list(windows(len(prompt), 60, 29)))

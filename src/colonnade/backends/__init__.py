@@ -1,0 +1,10 @@
+"""The backends, which run calls: each knows the plan, and none of the others.
+
+call.py       one call: its options, and which keys there are
+documents.py  packed documents: their lengths, and batches of equal ones
+choice.py     the order of the backends, which one runs, and why not the others
+tracing/      autocast, compilers, plans that are kept
+reference.py  softmax over a dense mask: the specification
+eager/        every pattern in plain PyTorch
+native/       the plan on CPUs, in C++
+"""

@@ -1,92 +1,78 @@
-"""What is asked of a backend beside the tensors, and packed documents for those without a plan."""
+"""One call of a backend: its options, and which keys there are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from colonnade.pattern import HasMask
-from colonnade.shapes import CuSeqlens
+from colonnade.shapes import CuSeqlens, SeenMask
 
 
-@dataclass(frozen=True)
-class Request:
-    """One call of the operation.
+class Whole(NamedTuple):
+    """Every position has its key, and the queries are the last positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Documents lie one after the other, batch 1, with as many queries as keys.
 
     Attributes:
-        pattern: Which positions each position reads.
-        scale: Factor on the scores.
-        dropout_p: Share of the weights that is dropped.
-        return_lse: Whether the caller wants the log-sum-exp.
-        cu_seqlens: Where documents begin and end that lie one after the other along the sequence,
-            batch 1, as many queries as keys; not checked yet, see `document_lengths`. None: one
-            sequence, whose last positions are the queries.
-        reduced: Of so many blocks, the first ones, the keys are the summaries alone, as in a cache;
-            the pattern is a causal FixedPattern then. The queries lie behind them.
+        cu_seqlens: [documents + 1]: 0, then where each document ends. A backend looks into it, see
+            `documents.documents_of`: a compiler could not branch on it before.
     """
+
+    cu_seqlens: CuSeqlens
+
+
+class Kept(NamedTuple):
+    """The keys hold only the summaries of the leading blocks, as in a cache.
+
+    The pattern is a causal FixedPattern, and the queries are the last positions, behind these
+    blocks. Each key head has the summaries of its own sub-block.
+    """
+
+    reduced: int
+    """Number of leading blocks of which the keys hold only the summary columns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Every query reads all keys, or the marked ones, whatever the pattern says.
+
+    That is the case for a decoder's one query over what its cache keeps.
+
+    Attributes:
+        mask: [batch, kv_heads, q_len or 1, kv_len], True where a query reads a key; None: all.
+    """
+
+    mask: SeenMask | None
+
+
+Keys: TypeAlias = Whole | Packed | Kept | Seen
+
+
+class Call(NamedTuple):
+    """Everything that is asked of a backend besides the three tensors."""
 
     pattern: HasMask
+    """Which positions each position reads."""
     scale: float
+    """Factor on the scores."""
     dropout_p: float = 0.0
+    """Share of the weights that is dropped."""
     return_lse: bool = True
-    cu_seqlens: CuSeqlens | None = None
-    reduced: int = 0
-
-
-def document_lengths(cu_seqlens: Tensor, total: int) -> list[int]:
-    """How long each document is.
-
-    Raises:
-        ValueError: cu_seqlens does not start at 0, decreases, or does not end at `total`.
-    """
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got cu_seqlens[0]={ends[0]}.")
-    for document, (begin, end) in enumerate(pairwise(ends)):
-        if end < begin:
-            raise ValueError(
-                f"cu_seqlens must not decrease, got cu_seqlens[{document}]={begin} and "
-                f"cu_seqlens[{document + 1}]={end}."
-            )
-    if ends[-1] != total:
-        raise ValueError(
-            "cu_seqlens must end at the number of tokens, got "
-            f"cu_seqlens[-1]={ends[-1]} for {total} tokens."
-        )
-    return [end - begin for begin, end in pairwise(ends)]
-
-
-def by_documents(
-    attend: Callable[..., tuple[Tensor, ...]], cu_seqlens: CuSeqlens | None, *tensors: Tensor
-) -> tuple[Tensor, ...]:
-    """Packed documents through a function that knows sequences only: equal lengths as one batch.
-
-    Tensors and results are [1, heads, total, …]; `attend` gets and gives [documents, heads,
-    length, …]. Without cu_seqlens it is called as it is.
-    """
-    if cu_seqlens is None:
-        return attend(*tensors)
-    begins: dict[int, list[int]] = {}
-    begin = 0
-    for length in document_lengths(cu_seqlens, tensors[0].shape[2]) or [0]:
-        begins.setdefault(length, []).append(begin)
-        begin += length
-    order, found = [], []
-    for length, of_length in begins.items():
-        index = torch.tensor(of_length)[:, None] + torch.arange(length)
-        order.append(index.flatten())
-        results = attend(*(t[0][:, index.to(t.device)].transpose(0, 1) for t in tensors))
-        found.append([t.transpose(0, 1).flatten(1, 2) for t in results])
-    back = torch.cat(order).argsort().to(tensors[0].device)
-    return tuple(torch.cat(parts, 1)[:, back][None] for parts in zip(*found, strict=True))
+    """Whether the caller wants the log-sum-exp."""
+    keys: Keys = Whole()
+    """Which keys there are."""
 
 
 def only_heads(tensor: Tensor, kv_heads: Sequence[int], num_kv_heads: int) -> Tensor:
-    """[B, heads, …] for some key heads alone: their own, or their groups of query heads."""
+    """Take some key heads of [batch, heads, …], or their groups of query heads."""
     if len(kv_heads) == num_kv_heads:
         return tensor
     index = torch.tensor(kv_heads, device=tensor.device)
@@ -95,7 +81,7 @@ def only_heads(tensor: Tensor, kv_heads: Sequence[int], num_kv_heads: int) -> Te
 
 
 def in_order(parts: Sequence[Tensor], kv_heads: Sequence[Sequence[int]]) -> Tensor:
-    """What `only_heads` took apart, together again."""
+    """Put together again what `only_heads` took apart."""
     if len(parts) == 1:
         return parts[0]
     grouped = [t.unflatten(1, (len(h), -1)) for t, h in zip(parts, kv_heads, strict=True)]

@@ -7,67 +7,69 @@ an arbitrary connectivity S. Time and memory grow like q_len · kv_len.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.call import Request, by_documents
+from colonnade.backends.call import Call, Kept, Packed, Seen, Whole
+from colonnade.backends.documents import by_documents
 from colonnade.pattern import FixedPattern
 from colonnade.plan.kept import kept_positions
-from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, Value
+from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, SeenMask, Value
 
 
-def unusable(build: bool = True) -> None:
+def reason_unusable(build: bool = True) -> None:
     """It runs wherever PyTorch does, and has nothing to be built."""
-    return
 
 
-def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
-    """Why this backend does not take these inputs: it takes all."""
-    return None
+def reason_declined(query: Query, key: Key, value: Value, call: Call) -> None:
+    """It takes everything."""
 
 
-def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
-    """softmax(scale · q kᵀ) v over the mask's last q_len rows, and the log of its denominator."""
-    if request.cu_seqlens is not None:
-        alone = replace(request, cu_seqlens=None)
+def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:
+    """softmax(scale · q kᵀ) v under a dense mask, and the log of its denominator."""
+    if isinstance(call.keys, Packed):
+        alone = call._replace(keys=Whole())
         out, lse = by_documents(
-            lambda q, k, v: attend(q, k, v, alone), request.cu_seqlens, query, key, value
+            lambda q, k, v: attend(q, k, v, alone), call.keys.cu_seqlens, query, key, value
         )
         return out, lse
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
-    mask = _mask(request, kv_len, num_kv_heads)
-    mask = mask[:, None, mask.shape[1] - q_len :].to(query.device)
+    mask = _mask(call, q_len, kv_len, num_kv_heads).to(query.device)[:, :, None]
     grouped = query.unflatten(1, (num_kv_heads, -1)).to(compute)
-    scores = grouped @ key[:, :, None].to(compute).mT * request.scale
+    scores = grouped @ key[:, :, None].to(compute).mT * call.scale
     # A row that reads nothing has no softmax: it runs over zeros, and is set aside afterwards.
     empty = ~mask.any(-1, keepdim=True)
     scores = scores.masked_fill(~mask, -math.inf).masked_fill(empty, 0.0)
     weights = scores.softmax(-1).masked_fill(empty, 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
-    weights = F.dropout(weights, request.dropout_p)
+    weights = F.dropout(weights, call.dropout_p)
     out = weights @ value[:, :, None].to(compute)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
 
-def _mask(request: Request, kv_len: int, num_kv_heads: int) -> Mask:
-    """[kv_heads, positions, kv_len]: all positions are as many as keys, unless some are reduced."""
-    pattern = request.pattern
-    if request.reduced == 0:
+def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
+    """[batch or 1, kv_heads, q_len or 1, kv_len], True where a query reads a key."""
+    pattern, keys = call.pattern, call.keys
+    if isinstance(keys, Seen):
+        every = torch.ones(1, num_kv_heads, 1, kv_len, dtype=torch.bool)
+        return every if keys.mask is None else keys.mask
+    if isinstance(keys, Kept):
+        assert isinstance(pattern, FixedPattern)
+        seq_len = kv_len + keys.reduced * (pattern.stride - pattern.summary)
+        kept = [kept_positions(pattern, seq_len, keys.reduced, h) for h in range(num_kv_heads)]
+        whole = pattern.mask(seq_len, num_kv_heads)
+        mask = torch.stack([whole[head][:, positions] for head, positions in enumerate(kept)])
+    else:
         shape = num_kv_heads, kv_len, kv_len
-        return _checked(pattern.mask(kv_len, num_kv_heads), shape)
-    assert isinstance(pattern, FixedPattern)
-    seq_len = kv_len + request.reduced * (pattern.stride - pattern.summary)
-    kept = [kept_positions(pattern, seq_len, request.reduced, h) for h in range(num_kv_heads)]
-    mask = pattern.mask(seq_len, num_kv_heads)
-    return torch.stack([mask[head][:, positions] for head, positions in enumerate(kept)])
+        mask = _checked(pattern.mask(kv_len, num_kv_heads), shape)
+    return mask[None, :, mask.shape[1] - q_len :]
 
 
 def _checked(mask: Mask, shape: tuple[int, int, int]) -> Mask:
-    """A mask from any object, refused if it would broadcast or mean something else."""
+    """Refuse the mask of an object if it would broadcast or mean something else."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
         found = (
             f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)

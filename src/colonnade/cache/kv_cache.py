@@ -1,21 +1,35 @@
-"""Attention over what a decoder keeps."""
+"""Keys and values that a decoder keeps, and attention over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from colonnade.cache.store import Entries, Rows, Store, pad
+from colonnade.backends.choice import Explanation, check_backend, explain_call
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
-from colonnade.ops.check import check_finite, check_tensors
-from colonnade.ops.heads import Patterns, check_patterns, runs_of_heads
-from colonnade.ops.kept import attend_held, attend_last
-from colonnade.pattern import FullPattern, Pattern, StridedPattern, check_count
-from colonnade.plan.kept import kept_begin, num_slots
-from colonnade.shapes import Key, Output, Query, Value
+from colonnade.cache.groups import Groups
+from colonnade.cache.store import KeysAndValues, pad
+from colonnade.ops.check import check_tensors, make_call
+from colonnade.ops.heads import Patterns, check_patterns, join_heads
+from colonnade.ops.kept import Layout, attend_kept
+from colonnade.pattern import FullPattern, StridedPattern, check_count
+from colonnade.plan.kept import evicted, num_kept
+from colonnade.shapes import Key, LogSumExp, Output, Query, Value
+
+
+class Entries(KeysAndValues):
+    """The entries that the queries of appended positions may read; unpacks as (keys, values).
+
+    [batch, kv_heads, kept, …] each: the summaries of closed blocks, then every position from the
+    first block on that is still open for one of these queries. A shorter batch row, or head group,
+    is followed by zeros. They may be views of the cache, good until it is used next.
+    """
+
+    layout: Layout
+    """How `KVCache.read` finds its way in them."""
 
 
 class KVCache:
@@ -23,66 +37,80 @@ class KVCache:
 
     A FixedPattern keeps, after n positions with l = stride and c = summary, the c summaries of
     each of the n // l closed blocks and the open block: n // l · c + n mod l entries for each key
-    head, at most c·n/l + l, in place of n. Part "local" keeps the open block only, a LocalPattern
-    its window. StridedPattern and FullPattern keep everything: each position is read again by some
-    later one, for ever. Attention over what is kept equals attention over the whole sequence.
+    head, at most c·n/l + l instead of n. Part "local" keeps the open block only, a LocalPattern
+    its window. StridedPattern and FullPattern keep everything, for each position is read again by
+    some later one. Attention over what is kept equals attention over the whole sequence.
 
     Rows of a batch may have different lengths, see `padding_mask`. Memory is allocated ahead, so
     that a token costs constant time on average. Where gradients are wanted, entries are copied
     instead of written in place, and gradients flow through the cache.
 
     Args:
-        pattern: A causal pattern, or a tuple of them, one for each run of key heads, as
+        pattern: A causal pattern, or a tuple of them, one for each group of key heads, as
             `nn.SelfAttention` takes it.
-        max_seq_len: Allocate for so many positions at once, and refuse more. None: grow.
+        max_seq_len: Allocate for that many positions at once, and refuse more. None: grow.
+        backend: "auto", or the backend that has to run. One that does not take an attention which
+            is needed raises, and the cache stays as it was.
 
     Raises:
-        TypeError: `pattern` is neither a pattern nor a tuple of them, or `max_seq_len` no int.
-        ValueError: `max_seq_len` is below 1, or the tuple is empty.
+        TypeError: `pattern` is neither a pattern nor a tuple of them, `max_seq_len` no int, or
+            `backend` no str.
+        ValueError: `max_seq_len` is below 1, the tuple is empty, or no backend has that name.
         NotImplementedError: A pattern that is not causal.
     """
 
-    def __init__(self, pattern: Patterns, max_seq_len: int | None = None) -> None:
-        patterns = pattern if isinstance(pattern, tuple) else (pattern,)
-        check_patterns(pattern, len(patterns))
-        for each in patterns:
+    def __init__(
+        self, pattern: Patterns, max_seq_len: int | None = None, backend: str = "auto"
+    ) -> None:
+        self.pattern = pattern
+        self._patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+        check_patterns(pattern, len(self._patterns))
+        check_backend(backend)
+        for each in self._patterns:
             if not each.causal:
                 raise NotImplementedError(f"KVCache holds causal patterns only, got {each}.")
         if max_seq_len is not None:
             check_count("max_seq_len", max_seq_len, minimum=1)
-        self.pattern = pattern
         self.max_seq_len = max_seq_len
+        self.backend = backend
         self.evicting = True
         self.reset()
 
     def __repr__(self) -> str:
-        patterns = self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
-        whole = any(isinstance(each, StridedPattern | FullPattern) for each in patterns)
+        whole = any(isinstance(each, StridedPattern | FullPattern) for each in self._patterns)
         kept = "every entry is kept" if whole else f"{self.num_stored} entries kept"
         return f"KVCache({self.pattern}, seq_len={self.seq_len}: {kept})"
 
     @property
+    def seq_lens(self) -> list[int]:
+        """Number of positions that were appended to each batch row; empty before the first."""
+        return self._groups.seq_lens
+
+    @property
     def seq_len(self) -> int:
-        """How many positions were appended; of the longest row, where they differ."""
+        """Number of positions that were appended; of the longest batch row, where they differ."""
         return max(self.seq_lens, default=0)
 
     @property
     def num_stored(self) -> int:
-        """How many entries each key head keeps; the most of any row and head."""
-        return max((s.kept(n, b) for s in self._stores for n, b in self._lengths(s)), default=0)
+        """Number of entries that each key head keeps; the most of any batch row and head."""
+        kept = [
+            num_kept(store.pattern, *(evicted(store.pattern, row) if self.evicting else row))
+            for store in self._groups.stores
+            for row in store.rows
+        ]
+        return max(kept, default=0)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are allocated."""
-        return sum(t.nbytes for store in self._stores for t in store.buffers)
+        return sum(t.nbytes for store in self._groups.stores for t in store.buffers)
 
     def reset(self) -> None:
         """Forget everything, the sizes of a batch too; memory is given back."""
-        self.seq_lens: list[int] = []
-        self._stores: list[Store] = []
-        self._heads: list[tuple[int, int]] = []
-        self._is_token: Tensor | None = None
+        self._groups = Groups(self.pattern, self.max_seq_len)
 
+    @overload
     def attend(
         self,
         query: Query,
@@ -90,11 +118,34 @@ class KVCache:
         value: Value,
         scale: float | None = None,
         padding_mask: Bool[Tensor, "batch q_len"] | None = None,
-    ) -> Output:
+        *,
+        return_lse: Literal[False] = False,
+    ) -> Output: ...
+    @overload
+    def attend(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        scale: float | None = None,
+        padding_mask: Bool[Tensor, "batch q_len"] | None = None,
+        *,
+        return_lse: Literal[True],
+    ) -> tuple[Output, LogSumExp]: ...
+    def attend(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        scale: float | None = None,
+        padding_mask: Bool[Tensor, "batch q_len"] | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Output | tuple[Output, LogSumExp]:
         """Append the next positions' keys and values, and attend with their queries.
 
         Equals the same rows of `attention` over the whole sequence. A query that has no key gives
-        0, and so does padding.
+        0 and a log-sum-exp of -inf, and so does padding.
 
         Args:
             query: [batch, heads, q_len, qk_dim].
@@ -102,10 +153,13 @@ class KVCache:
             value: [batch, kv_heads, q_len, v_dim].
             scale: Factor on the scores; 1/sqrt(qk_dim) if None.
             padding_mask: [batch, q_len], True where there is a token; the others are left out, so
-                that rows get as many positions as they have tokens. None: all.
+                that batch rows get as many positions as they have tokens. None: all.
+            return_lse: Return (out, lse), lse [batch, heads, q_len]; see `attention`.
 
         Raises:
             TypeError, ValueError: As `attention` and `append`; the cache stays as it was.
+            NotImplementedError: The backend that the cache was given does not take this; the cache
+                stays as it was.
         """
         query, key, value = cast_as_autocast_would(query, key, value)
         check_tensors(query, key, value)
@@ -114,9 +168,15 @@ class KVCache:
                 "query, key and value must be those of the same new positions, got "
                 f"query.shape={tuple(query.shape)} and key.shape={tuple(key.shape)}."
             )
-        if scale is not None:
-            check_finite("scale", scale)
-        return self._read(query, self._append(key, value, padding_mask), scale, 0.0)
+        call = make_call(query, self._patterns[0], scale, 0.0, return_lse)
+        entries, layout = self._groups.append(
+            key, value, padding_mask, self.evicting, (query, call, self.backend)
+        )
+        out, lse = attend_kept(query, entries, layout, call, self.backend)
+        if not return_lse:
+            return out
+        assert lse is not None
+        return out, lse
 
     def append(
         self, key: Key, value: Value, padding_mask: Bool[Tensor, "batch q_len"] | None = None
@@ -124,10 +184,7 @@ class KVCache:
         """Append keys and values, and give what the queries of these positions may read.
 
         Returns:
-            (keys, values), [batch, kv_heads, kept, …]: the summaries of closed blocks, then every
-            position from the first block on that is still open for one of the new queries. A
-            shorter row, or run of heads, is followed by zeros. They may be views of the cache, good
-            until it is used next.
+            (keys, values), see `Entries`; `read` takes them.
 
         Raises:
             TypeError: Other types than before, or a padding mask that is no bool tensor.
@@ -136,32 +193,107 @@ class KVCache:
         """
         key, value = cast_as_autocast_would(key, value)
         check_tensors(key, key, value)
-        pieces = self._append(key, value, padding_mask)
-        if len(pieces) == 1:
-            return pieces[0]
-        width = max(k.shape[2] for k, _ in pieces)
-        keys = torch.cat([pad(k, width) for k, _ in pieces], 1)
-        return keys, torch.cat([pad(v, width) for _, v in pieces], 1)
+        pairs, layout = self._groups.append(key, value, padding_mask, self.evicting)
+        keys, values = pairs[0]
+        if len(pairs) > 1:
+            width = max(group.width for group in layout.groups)
+            keys, values = (
+                join_heads([pad(t, width) for t in ts]) for ts in zip(*pairs, strict=True)
+            )
+        entries = Entries(keys, values)
+        entries.layout = layout
+        return entries
 
+    @overload
     def read(
         self,
         query: Query,
-        keys: Key,
-        values: Value,
+        keys: Key | Entries,
+        values: Value | None = None,
         scale: float | None = None,
         dropout_p: float = 0.0,
-    ) -> Output:
-        """Attend with the queries of the positions that were appended last.
+        *,
+        return_lse: Literal[False] = False,
+    ) -> Output: ...
+    @overload
+    def read(
+        self,
+        query: Query,
+        keys: Key | Entries,
+        values: Value | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        *,
+        return_lse: Literal[True],
+    ) -> tuple[Output, LogSumExp]: ...
+    def read(
+        self,
+        query: Query,
+        keys: Key | Entries,
+        values: Value | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        *,
+        return_lse: bool = False,
+    ) -> Output | tuple[Output, LogSumExp]:
+        """Attend with the queries of appended positions; after `append` it is `attend`.
 
-        `keys` and `values` are what `append` returned; together the two calls are `attend`.
+        Args:
+            query: [batch, heads, q_len, qk_dim].
+            keys: What `append` returned; or its keys alone, for the positions appended last.
+            values: Its values, if `keys` are its keys.
+            scale: Factor on the scores; 1/sqrt(qk_dim) if None.
+            dropout_p: Share of the weights that is dropped.
+            return_lse: Return (out, lse), lse [batch, heads, q_len].
+
+        Raises:
+            ValueError: Nothing was appended.
         """
-        pieces = [(keys, values)]
-        if len(self._stores) > 1:
-            pieces = [
-                (keys[:, first:stop, : store.width], values[:, first:stop, : store.width])
-                for store, (first, stop) in zip(self._stores, self._heads, strict=True)
+        layout = self._groups.layout
+        if isinstance(keys, Entries):
+            layout, (keys, values) = keys.layout, keys
+        if layout is None or values is None:
+            raise ValueError("read needs what append returned, and nothing was appended.")
+        query, k, v = cast_as_autocast_would(query, keys, values)
+        pairs = [KeysAndValues(k, v)]
+        if len(layout.groups) > 1:
+            pairs = [
+                KeysAndValues(*(t[:, heads.first : heads.stop, :width] for t in (k, v)))
+                for heads, _, width in layout.groups
             ]
-        return self._read(query, pieces, scale, dropout_p)
+        call = make_call(query, self._patterns[0], scale, dropout_p, return_lse)
+        out, lse = attend_kept(query, pairs, layout, call, self.backend)
+        if not return_lse:
+            return out
+        assert lse is not None
+        return out, lse
+
+    def explain(
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        padding_mask: Bool[Tensor, "batch q_len"] | None = None,
+    ) -> Explanation | tuple[Explanation, ...]:
+        """Say which backend `attend` would take for these positions, and why not each other one.
+
+        Returns:
+            One explanation, or with a tuple of patterns one for each.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: As `attend` for the same inputs.
+        """
+        query, key, value = cast_as_autocast_would(query, key, value)
+        check_tensors(query, key, value)
+        call = make_call(query, self._patterns[0])
+        step = self._groups.check_new(key, value, padding_mask)
+        found = tuple(
+            explain_call(*tensors, of_heads, self.backend)
+            for tensors, of_heads in self._groups.calls(
+                query, key, value, call, *step, self.evicting
+            )
+        )
+        return found if isinstance(self.pattern, tuple) else found[0]
 
     def crop(self, seq_len: int | list[int]) -> None:
         """Forget the positions from `seq_len` on; rows that are shorter stay.
@@ -174,36 +306,26 @@ class KVCache:
             ValueError: The shorter sequence would read what is gone. Of closed blocks only the
                 summaries are left: back to a block's start is possible, into it is not.
         """
-        if not isinstance(seq_len, list):
-            check_count("seq_len", seq_len, minimum=0)
-        wanted = seq_len if isinstance(seq_len, list) else [seq_len] * len(self.seq_lens)
-        for number in wanted:
+        for number in seq_len if isinstance(seq_len, list) else [seq_len]:
             check_count("seq_len", number, minimum=0)
+        wanted = seq_len if isinstance(seq_len, list) else [seq_len] * len(self.seq_lens)
         if len(wanted) != len(self.seq_lens):
             raise ValueError(
                 f"seq_len must have a number for each of {len(self.seq_lens)} rows, "
                 f"got seq_len={seq_len}."
             )
-        lengths = [min(pair) for pair in zip(wanted, self.seq_lens, strict=True)]
-        begins = [
-            [
-                s.begin_of_shorter(n, m, b)
-                for n, m, b in zip(lengths, self.seq_lens, s.begins, strict=True)
-            ]
-            for s in self._stores
-        ]
-        for store, of_store in zip(self._stores, begins, strict=True):
-            store.crop(lengths, of_store)
-        self.seq_lens = lengths
+        shorter = [store.shorter(wanted) for store in self._groups.stores]
+        for store, rows in zip(self._groups.stores, shorter, strict=True):
+            store.crop(rows)
 
     def evict(self) -> None:
-        """Let go of what later positions cannot read.
+        """Let go of what no later position reads.
 
         It happens by itself when the next position is appended, unless `evicting` is False: then
         everything from then on stays, so that `crop` can go back to it.
         """
-        for store in self._stores:
-            store.evict(self.seq_lens)
+        for store in self._groups.stores:
+            store.evict()
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes what row index[b] was, as in beam search.
@@ -228,8 +350,7 @@ class KVCache:
         """
         self._check_index(index)
         rows = index.tolist()
-        self.seq_lens = [self.seq_lens[row] for row in rows]
-        for store in self._stores:
+        for store in self._groups.stores:
             store.select(index, rows)
 
     def repeat(self, n: int) -> None:
@@ -245,133 +366,3 @@ class KVCache:
         if index.dim() != 1 or not all(0 <= row < rows for row in index.tolist()):
             raise ValueError(f"index must be a row of numbers in [0, {rows}), got index={index}.")
         return len(index)
-
-    def _lengths(self, store: Store) -> Iterator[tuple[int, int]]:
-        """(seq_len, begin) of each row, as if everything that can go were gone."""
-        for seq_len, begin in zip(self.seq_lens, store.begins, strict=True):
-            new = kept_begin(store.pattern, seq_len) if self.evicting else begin
-            yield seq_len, max(new, begin)
-
-    def _append(
-        self, key: Key, value: Value, padding_mask: Bool[Tensor, "batch q_len"] | None
-    ) -> list[Entries]:
-        _check_padding(padding_mask, key)
-        is_token = None
-        if padding_mask is not None and not padding_mask.all():
-            is_token = padding_mask.to(key.device)
-        batch, num_kv_heads, length = key.shape[:3]
-        counts = [length] * batch if is_token is None else is_token.sum(1).tolist()
-        before = self.seq_lens if self._stores else [0] * batch
-        self._check_fits(key, value, before, counts)
-        if not self._stores:
-            check_patterns(self.pattern, num_kv_heads)
-            for pattern, first, stop in runs_of_heads(self.pattern, num_kv_heads):
-                self._heads.append((first, stop))
-                size = batch, stop - first, 0
-                empty = key.new_empty(*size, key.shape[3]), value.new_empty(*size, value.shape[3])
-                self._stores.append(Store(pattern, self.max_seq_len, empty, [0] * batch))
-        of_stores = [(key, value)]
-        if len(self._stores) > 1:
-            of_stores = [(key[:, first:stop], value[:, first:stop]) for first, stop in self._heads]
-        pieces = [
-            store.append(new, before, counts, is_token, self.evicting)
-            for store, new in zip(self._stores, of_stores, strict=True)
-        ]
-        self.seq_lens = [n + count for n, count in zip(before, counts, strict=True)]
-        self._is_token = is_token
-        return pieces
-
-    def _check_fits(self, key: Key, value: Value, before: list[int], counts: list[int]) -> None:
-        # Another batch size is refused below.
-        longest = max((n + c for n, c in zip(before, counts, strict=False)), default=0)
-        if self.max_seq_len is not None and longest > self.max_seq_len:
-            raise ValueError(
-                "the cache has room for max_seq_len positions, got "
-                f"max_seq_len={self.max_seq_len}, {self.seq_len} of them taken, "
-                f"and {max(counts)} more."
-            )
-        if not self._stores:
-            return
-        for name, tensor, which in (("key", key, 0), ("value", value, 1)):
-            held = [store.buffers[which] for store in self._stores]
-            shape = (len(before), sum(t.shape[1] for t in held), held[0].shape[3])
-            if (*tensor.shape[:2], tensor.shape[3]) != shape:
-                raise ValueError(
-                    f"{name} must have batch, heads and head width as before, {shape}, "
-                    f"got {name}.shape={tuple(tensor.shape)}."
-                )
-            if tensor.dtype != held[0].dtype:
-                raise TypeError(
-                    f"{name} must have the dtype of those before, {held[0].dtype}, "
-                    f"got {name}.dtype={tensor.dtype}."
-                )
-            if tensor.device != held[0].device:
-                raise ValueError(
-                    f"{name} must be on the device of those before, {held[0].device}, "
-                    f"got {name}.device={tensor.device}."
-                )
-
-    def _read(
-        self, query: Query, pieces: list[Entries], scale: float | None, dropout_p: float
-    ) -> Output:
-        group = query.shape[1] // sum(k.shape[1] for k, _ in pieces)
-        outs = []
-        for store, (first, stop), (k, v) in zip(self._stores, self._heads, pieces, strict=True):
-            q = query[:, first * group : stop * group]
-            outs.append(self._read_run(store, q, k, v, scale, dropout_p))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
-
-    def _read_run(
-        self,
-        store: Store,
-        query: Query,
-        key: Key,
-        value: Value,
-        scale: float | None,
-        dropout_p: float,
-    ) -> Output:
-        options = scale, dropout_p
-        if len(store.read) == 1 and self._is_token is None:
-            return _attend_rows(store.pattern, store.read[0], query, key, value, options)
-        is_token = self._is_token
-        if is_token is None:
-            is_token = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool)
-        is_token = is_token.to(query.device)
-        if query.shape[2] == 1:
-            of_row = {row: group for group in store.read for row in group.rows}
-            ends = [of_row[row].end for row in range(query.shape[0])]
-            begins = [of_row[row].begin for row in range(query.shape[0])]
-            of_rows = ends, begins, is_token[:, 0]
-            return attend_last(query, key, value, store.pattern, *of_rows, *options)
-        out = query.new_zeros(*query.shape[:3], value.shape[3])
-        for rows in store.read:
-            for row in rows.rows:
-                width = num_slots(store.pattern, rows.begin) + rows.end - rows.begin
-                q = query[row, None, :, is_token[row]]
-                k, v = key[row, None, :, :width], value[row, None, :, :width]
-                out[row, :, is_token[row]] = _attend_rows(store.pattern, rows, q, k, v, options)[0]
-        return out
-
-
-def _attend_rows(
-    pattern: Pattern,
-    rows: Rows,
-    query: Query,
-    key: Key,
-    value: Value,
-    options: tuple[float | None, float],
-) -> Output:
-    return attend_held(query, key, value, pattern, rows.end, rows.begin, *options)
-
-
-def _check_padding(padding_mask: Tensor | None, key: Key) -> None:
-    if padding_mask is None:
-        return
-    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
-        found = getattr(padding_mask, "dtype", type(padding_mask).__name__)
-        raise TypeError(f"padding_mask must be a bool tensor, True at tokens, got {found}.")
-    if padding_mask.shape != (key.shape[0], key.shape[2]):
-        raise ValueError(
-            "padding_mask must be [batch, new positions], got "
-            f"padding_mask.shape={tuple(padding_mask.shape)} and key.shape={tuple(key.shape)}."
-        )

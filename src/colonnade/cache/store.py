@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from colonnade.ops.heads import HeadGroup
 from colonnade.pattern import FixedPattern, Pattern
-from colonnade.plan.kept import kept_begin, new_slots, num_slots, tail_room
+from colonnade.plan.kept import (
+    Lengths,
+    RowGroup,
+    Step,
+    begin_of_shorter,
+    evicted,
+    grouped,
+    kept_begin,
+    new_slots,
+    next_step,
+    num_kept,
+    num_slots,
+    tail_room,
+)
+from colonnade.shapes import Key, Value
 
 GROWTH = 1.25
-"""A buffer that is full becomes so many times as long: entries are moved a few times each."""
-
-Entries = tuple[Tensor, Tensor]
-"""Keys and values, [batch, kv_heads, kept, qk_dim or v_dim]."""
+"""Factor by which a full buffer grows: an entry is moved a few times, whatever the length."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a batch that have seen, keep and get equally much."""
+class KeysAndValues(NamedTuple):
+    """Keys and values, [batch, kv_heads, kept, qk_dim or v_dim]."""
 
-    rows: list[int]
-    all_rows: bool
-    seq_len: int
-    """Positions before the new ones."""
-    begin: int
-    """Where the tail begins."""
-    count: int
-    """New positions."""
-
-    @property
-    def end(self) -> int:
-        """Positions with the new ones."""
-        return self.seq_len + self.count
-
-    @property
-    def index(self) -> slice | list[int]:
-        """What picks the rows out of a batch; all of them without a copy."""
-        return slice(None) if self.all_rows else self.rows
+    keys: Key
+    values: Value
 
 
 @dataclass
@@ -46,213 +43,212 @@ class Store:
     """The entries of key heads that read one pattern: [slots | tail], zeros behind.
 
     Attributes:
-        pattern: Which positions are read.
-        max_seq_len: To allocate for.
+        heads: The key heads, and the pattern that they read.
+        max_seq_len: Number of positions to allocate for.
         buffers: Keys and values, allocated ahead.
-        begins: Where each row's tail begins.
-        read: What each row's last queries may read.
-        width: How many entries the longest of these rows has.
+        rows: Lengths of each batch row.
     """
 
-    pattern: Pattern
+    heads: HeadGroup
     max_seq_len: int | None
-    buffers: Entries
-    begins: list[int]
-    read: list[Rows] = field(default_factory=list)
-    width: int = 0
+    buffers: KeysAndValues
+    rows: list[Lengths]
 
-    def kept(self, seq_len: int, begin: int) -> int:
-        """Entries of a row."""
-        return num_slots(self.pattern, begin) + seq_len - begin
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of these heads."""
+        return self.heads.pattern
+
+    def next_step(self, counts: Sequence[int], evicting: bool) -> Step:
+        """Work out what happens when counts[b] positions are appended to batch row b."""
+        num_kv_heads = self.heads.stop - self.heads.first
+        return next_step(self.heads.pattern, self.rows, counts, num_kv_heads, evicting)
 
     def append(
-        self,
-        new: Entries,
-        before: list[int],
-        counts: list[int],
-        is_token: Tensor | None,
-        evicting: bool,
-    ) -> Entries:
-        """Entries for the new queries: in place where the tail has room, else copies."""
-        room = tail_room(self.pattern) if evicting else None
-        ends = [n + c for n, c in zip(before, counts, strict=True)]
-        if room is not None and self._longest_tail(ends) > room:
-            self.evict(before)
-        groups = _grouped(before, self.begins, counts)
-        self.read = groups
-        self.width = max((self.kept(g.end, g.begin) for g in groups), default=0)
-        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*new, *self.buffers))
-        if not wants_grad and (room is None or self._longest_tail(ends) <= room):
-            self._reserve(ends)
-            for g in groups:
-                at = self.kept(g.seq_len, g.begin)
-                for buffer, tensor in zip(self.buffers, new, strict=True):
-                    tokens = _tokens(tensor, is_token, g)
-                    buffer[g.index, :, at : at + g.count] = tokens
-            return self._first(self.width)
-        whole = self._with(new, is_token, groups)
-        self._keep(whole, ends, groups, evicting, wants_grad)
-        return whole
+        self, key: Key, value: Value, counts: Sequence[int], is_token: Tensor | None, evicting: bool
+    ) -> tuple[KeysAndValues, list[RowGroup]]:
+        """Take new positions in: in place where the tail has room, else into copies.
 
-    def evict(self, seq_lens: list[int]) -> None:
-        """Move the summaries of closed blocks to the slots, and the tail behind them."""
-        for g in _grouped(seq_lens, self.begins, [0] * len(seq_lens)):
-            begin = kept_begin(self.pattern, g.seq_len)
-            if begin <= g.begin:
-                continue
-            slots, held = num_slots(self.pattern, g.begin), self.kept(g.seq_len, g.begin)
-            moved = [self._moved(t[g.index], g, begin) for t in self.buffers]
-            if any(t.requires_grad for t in self.buffers):
-                self.buffers = self.buffers[0].clone(), self.buffers[1].clone()
-            for buffer, entries in zip(self.buffers, moved, strict=True):
-                end = slots + entries.shape[2]
-                buffer[g.index, :, slots:end] = entries
-                buffer[g.index, :, end:held] = 0
-        self.begins = [
-            max(kept_begin(self.pattern, n), b) for n, b in zip(seq_lens, self.begins, strict=True)
-        ]
-
-    def begin_of_shorter(self, seq_len: int, held: int, begin: int) -> int:
-        """Where the tail of a row begins that is cropped from `held` to `seq_len` positions."""
-        shorter = kept_begin(self.pattern, seq_len)
-        if seq_len == 0:
-            return 0
-        if isinstance(self.pattern, FixedPattern):
-            every_column = num_slots(self.pattern, begin) == begin
-            if seq_len >= begin or shorter == seq_len or every_column:
-                return min(begin, shorter)
-        elif begin == 0 or seq_len == held or kept_begin(self.pattern, seq_len + 1) >= begin:
-            return begin
-        fixed = isinstance(self.pattern, FixedPattern)
-        least = f"{begin}, or a multiple of stride" if fixed else f"{held - 1}, or 0"
-        raise ValueError(
-            f"seq_len must be at least {least}: what a shorter sequence reads is gone; "
-            f"got seq_len={seq_len} for {self.pattern}."
+        Returns:
+            What their queries may read, and of which batch rows.
+        """
+        step = self.next_step(counts, evicting)
+        if step.evicts:
+            self.evict()
+        wants_grad = torch.is_grad_enabled() and (
+            key.requires_grad
+            or value.requires_grad
+            or self.buffers.keys.requires_grad
+            or self.buffers.values.requires_grad
         )
+        if step.fits and not wants_grad:
+            if step.width > self.buffers.keys.shape[2]:
+                self._reserve(counts)
+            for buffer, tensor in zip(self.buffers, (key, value), strict=True):
+                for group in step.groups:
+                    new = tensor
+                    if is_token is not None or not group.all_rows:
+                        new = _tokens(tensor, is_token, group)
+                    buffer[group.pick, :, group.num_kept : group.width] = new
+            self.rows = step.rows
+            keys, values = self.buffers
+            width = step.width
+            return KeysAndValues(keys[:, :, :width], values[:, :, :width]), step.groups
+        whole = [
+            self._with_new(buffer, tensor, is_token, step.groups, step.width)
+            for buffer, tensor in zip(self.buffers, (key, value), strict=True)
+        ]
+        self._keep(whole, step, evicting, wants_grad)
+        return KeysAndValues(*whole), step.groups
 
-    def crop(self, seq_lens: list[int], begins: list[int]) -> None:
-        """Let the rows end earlier."""
-        self.begins = begins
-        if any(t.requires_grad for t in self.buffers):
-            self.buffers = self.buffers[0].clone(), self.buffers[1].clone()
-        for row, (seq_len, begin) in enumerate(zip(seq_lens, begins, strict=True)):
+    def evict(self) -> None:
+        """Move the summaries of closed blocks to the slots, and the tail behind them."""
+        for group in grouped(self.pattern, self.rows, [0] * len(self.rows), 0):
+            begin = kept_begin(self.pattern, group.seq_len)
+            if begin <= group.begin:
+                continue
+            first = num_slots(self.pattern, group.begin)
+            moved = [self._moved(t[group.pick], group, begin) for t in self.buffers]
+            self._own_buffers()
+            for buffer, entries in zip(self.buffers, moved, strict=True):
+                end = first + entries.shape[2]
+                buffer[group.pick, :, first:end] = entries
+                buffer[group.pick, :, end : group.num_kept] = 0
+        self.rows = [evicted(self.pattern, row) for row in self.rows]
+
+    def shorter(self, seq_lens: Sequence[int]) -> list[Lengths]:
+        """The lengths of the batch rows once they are cropped; rows that are shorter stay.
+
+        Raises:
+            ValueError: A row would read what is gone.
+        """
+        rows = []
+        for row, wanted in zip(self.rows, seq_lens, strict=True):
+            seq_len = min(wanted, row.seq_len)
+            begin = begin_of_shorter(self.pattern, row, seq_len)
+            if begin is None:
+                fixed = isinstance(self.pattern, FixedPattern)
+                least = (
+                    f"{row.begin}, or a multiple of stride" if fixed else f"{row.seq_len - 1}, or 0"
+                )
+                raise ValueError(
+                    f"seq_len must be at least {least}: what a shorter sequence reads is gone; "
+                    f"got seq_len={seq_len} for {self.pattern}. Set cache.evicting = False before "
+                    "you append positions that may have to be taken back."
+                )
+            rows.append(Lengths(seq_len, begin))
+        return rows
+
+    def crop(self, rows: list[Lengths]) -> None:
+        """Let the batch rows end earlier."""
+        self.rows = rows
+        self._own_buffers()
+        for index, row in enumerate(rows):
             for buffer in self.buffers:
-                buffer[row, :, self.kept(seq_len, begin) :] = 0
+                buffer[index, :, num_kept(self.pattern, *row) :] = 0
 
     def select(self, index: Tensor, rows: list[int]) -> None:
-        """Keep some rows, in their order."""
+        """Keep some batch rows, in their order."""
         with torch.inference_mode(False):  # Written to later, in whatever mode.
-            keys, values = (t.index_select(0, index.clone().to(t.device)) for t in self.buffers)
-        self.buffers = keys, values
-        self.begins = [self.begins[row] for row in rows]
+            self.buffers = KeysAndValues(
+                *(t.index_select(0, index.clone().to(t.device)) for t in self.buffers)
+            )
+        self.rows = [self.rows[row] for row in rows]
 
-    def _longest_tail(self, ends: list[int]) -> int:
-        return max((n - b for n, b in zip(ends, self.begins, strict=True)), default=0)
+    def _own_buffers(self) -> None:
+        """Copy buffers that gradients flow through, for they are about to be written to."""
+        if any(t.requires_grad for t in self.buffers):
+            self.buffers = KeysAndValues(*(t.clone() for t in self.buffers))
 
-    def _first(self, width: int) -> Entries:
-        return self.buffers[0][:, :, :width], self.buffers[1][:, :, :width]
-
-    def _moved(self, entries: Tensor, group: Rows, begin: int) -> Tensor:
-        """What stays of the tails of some rows that will begin at `begin`."""
-        slots, held = num_slots(self.pattern, group.begin), self.kept(group.end, group.begin)
+    def _moved(self, entries: Tensor, group: RowGroup, begin: int) -> Tensor:
+        """The entries that stay of the tails of some batch rows that will begin at `begin`."""
+        first = num_slots(self.pattern, group.begin)
         index = new_slots(self.pattern, group.begin, begin, entries.shape[1]).to(entries.device)
         index = index[None, :, :, None].expand(entries.shape[0], -1, -1, entries.shape[3])
-        summaries = entries[:, :, slots:held].gather(2, index)
-        return torch.cat([summaries, entries[:, :, slots + begin - group.begin : held]], 2)
+        tail = entries[:, :, first : group.width]
+        return torch.cat([tail.gather(2, index), tail[:, :, begin - group.begin :]], 2)
 
-    def _with(self, new: Entries, is_token: Tensor | None, groups: list[Rows]) -> Entries:
-        """What is held and what is new, each row's without a gap."""
-        if is_token is None and not any(self.kept(g.seq_len, g.begin) for g in groups):
-            return new
-        found = []
-        for buffer, tensor in zip(self.buffers, new, strict=True):
-            parts = []
-            for g in groups:
-                held = buffer[g.index, :, : self.kept(g.seq_len, g.begin)]
-                parts.append(pad(torch.cat([held, _tokens(tensor, is_token, g)], 2), self.width))
-            found.append(_in_order(parts, groups))
-        return found[0], found[1]
-
-    def _keep(
+    def _with_new(
         self,
-        whole: Entries,
-        ends: list[int],
-        groups: list[Rows],
-        evicting: bool,
-        wants_grad: bool,
-    ) -> None:
-        """Of `whole`, in place of what was held, what later positions can read."""
-        begins = [
-            max(kept_begin(self.pattern, n), b) if evicting else b
-            for n, b in zip(ends, self.begins, strict=True)
-        ]
-        self.begins = begins
-        width = max((self.kept(n, b) for n, b in zip(ends, begins, strict=True)), default=0)
+        buffer: Tensor,
+        new: Tensor,
+        is_token: Tensor | None,
+        groups: list[RowGroup],
+        width: int,
+    ) -> Tensor:
+        """A copy of the entries with the new ones, each batch row's without a gap."""
+        if is_token is None and not any(group.num_kept for group in groups):
+            return new
+        parts = []
+        for group in groups:
+            kept = buffer[group.pick, :, : group.num_kept]
+            parts.append(pad(torch.cat([kept, _tokens(new, is_token, group)], 2), width))
+        return _in_order(parts, groups)
+
+    def _keep(self, whole: list[Tensor], step: Step, evicting: bool, wants_grad: bool) -> None:
+        """Keep what later positions can read of `whole`, instead of what was kept before."""
+        self.rows = step.rows
+        if evicting:
+            self.rows = [evicted(self.pattern, row) for row in self.rows]
+        width = max((num_kept(self.pattern, *row) for row in self.rows), default=0)
         if not wants_grad:
-            self._reserve(ends)
+            self._reserve([0] * len(self.rows))
         kept = []
-        for which, entries in enumerate(whole):
+        for buffer, entries in zip(self.buffers, whole, strict=True):
             parts = []
-            for g in groups:
-                begin = max(kept_begin(self.pattern, g.end), g.begin) if evicting else g.begin
-                of_rows = entries[g.index]
-                slots = of_rows[:, :, : num_slots(self.pattern, g.begin)]
-                parts.append(pad(torch.cat([slots, self._moved(of_rows, g, begin)], 2), width))
-            found = _in_order(parts, groups)
+            for group in step.groups:
+                begin = self.rows[group.rows[0]].begin
+                of_rows = entries[group.pick]
+                slots = of_rows[:, :, : num_slots(self.pattern, group.begin)]
+                parts.append(pad(torch.cat([slots, self._moved(of_rows, group, begin)], 2), width))
+            found = _in_order(parts, step.groups)
             if not wants_grad:
-                buffer = self.buffers[which]
                 buffer[:, :, :width] = found
                 buffer[:, :, width:] = 0
                 found = buffer
             kept.append(found)
-        self.buffers = kept[0], kept[1]
+        self.buffers = KeysAndValues(*kept)
 
-    def _reserve(self, ends: list[int]) -> None:
-        """Make the buffers long enough for rows that end there."""
+    def _reserve(self, counts: Sequence[int]) -> None:
+        """Make the buffers long enough for that many more positions in each batch row."""
         room = tail_room(self.pattern)
-        lengths = list(zip(ends, self.begins, strict=True))
-        needed = max((self._capacity(n, b, room) for n, b in lengths), default=0)
-        length = self.buffers[0].shape[2]
+        ends = [
+            Lengths(row.seq_len + count, row.begin)
+            for row, count in zip(self.rows, counts, strict=True)
+        ]
+        needed = max((self._capacity(row, room) for row in ends), default=0)
+        length = self.buffers.keys.shape[2]
         if needed <= length:
             return
         capacity = max(needed, int(GROWTH * length))
         if self.max_seq_len is not None:
             last = kept_begin(self.pattern, self.max_seq_len - 1)
-            planned = self._capacity(self.max_seq_len, last, room)
+            planned = self._capacity(Lengths(self.max_seq_len, last), room)
             # More comes where nothing is let go for a while.
             capacity = planned if needed <= planned else capacity
-        keys, values = (_longer(t, capacity) for t in self.buffers)
-        self.buffers = keys, values
+        self.buffers = KeysAndValues(*(_longer(t, capacity) for t in self.buffers))
 
-    def _capacity(self, seq_len: int, begin: int, room: int | None) -> int:
-        """Entries of a row whose tail has all the room that it may come to need."""
-        tail = seq_len - begin
+    def _capacity(self, row: Lengths, room: int | None) -> int:
+        """Entries of a batch row whose tail has all the room that it may come to need."""
+        tail = row.seq_len - row.begin
         if room is not None:
-            left = room if self.max_seq_len is None else min(room, self.max_seq_len - begin)
+            left = room if self.max_seq_len is None else min(room, self.max_seq_len - row.begin)
             tail = max(tail, left)
-        return num_slots(self.pattern, begin) + tail
+        return num_slots(self.pattern, row.begin) + tail
 
 
-def _grouped(seq_lens: list[int], begins: list[int], counts: list[int]) -> list[Rows]:
-    """Rows that are alike, together."""
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for row, sizes in enumerate(zip(seq_lens, begins, counts, strict=True)):
-        groups.setdefault(sizes, []).append(row)
-    return [Rows(rows, len(groups) == 1, *sizes) for sizes, rows in groups.items()]
-
-
-def _tokens(tensor: Tensor, is_token: Tensor | None, group: Rows) -> Tensor:
-    """[rows, heads, count, width]: the new entries of some rows, without their padding."""
+def _tokens(tensor: Tensor, is_token: Tensor | None, group: RowGroup) -> Tensor:
+    """[rows, heads, count, width]: the new entries of some batch rows, without their padding."""
     of_rows = tensor if group.all_rows else tensor[group.rows]
     if is_token is None:
         return of_rows
-    tokens: Tensor = of_rows.transpose(1, 2)[is_token[group.index]]
-    by_row: Tensor = tokens.unflatten(0, (of_rows.shape[0], group.count))
+    tokens: Tensor = of_rows.transpose(1, 2)[is_token[group.pick]]
+    by_row: Tensor = tokens.unflatten(0, (of_rows.shape[0], group.num_new))
     return by_row.transpose(1, 2)
 
 
-def _in_order(parts: list[Tensor], groups: list[Rows]) -> Tensor:
-    """What was computed for groups of rows, as one batch."""
+def _in_order(parts: list[Tensor], groups: list[RowGroup]) -> Tensor:
+    """One batch of what was computed for groups of batch rows."""
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor([row for group in groups for row in group.rows]).argsort()
@@ -260,7 +256,7 @@ def _in_order(parts: list[Tensor], groups: list[Rows]) -> Tensor:
 
 
 def pad(tensor: Tensor, width: int) -> Tensor:
-    """Zeros behind the entries."""
+    """Put zeros behind the entries, up to `width`."""
     return torch.nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[2]))
 
 

@@ -1,7 +1,7 @@
 """The command `colonnade`: train, evaluate, sample; patterns and their cost; time and machine.
 
-A user's mistake gets one line on standard error and exit code 2. What an extra brings is imported
-inside the commands, so that a missing one can be named.
+A user's mistake gets one line on standard error and exit code 2. Whatever needs an extra is
+imported inside the commands, so that an extra that is missing can be named.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ __all__ = ["app", "machine", "main", "patterns", "sampling", "training"]
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     app()

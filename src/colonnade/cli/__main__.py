@@ -1,4 +1,4 @@
-"""So that python -m colonnade.cli is the command too."""
+"""Run the command by `python -m colonnade.cli` too."""
 
 from __future__ import annotations
 

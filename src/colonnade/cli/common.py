@@ -1,11 +1,12 @@
-"""What the commands share: the application, one line for a mistake, numbers for people."""
+"""The application, the options that commands share, errors in one line, and numbers for people."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 try:
     import typer
@@ -15,7 +16,7 @@ except ImportError:
     sys.exit(2)
 
 app = typer.Typer(
-    help="Fixed factorized attention (Child et al. 2019): train, evaluate, sample, show, count.",
+    help="Fixed factorized attention (Child et al. 2019): train, evaluate, sample, show, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,21 +30,28 @@ EXTRAS = {
     "matplotlib": "plot",
 }
 MISTAKE = 2
-"""Exit code for what a user did."""
+"""Exit code for a user's mistake."""
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+KvHeads = Annotated[
+    int | None,
+    typer.Option(help="Number of key/value heads. Default: the number of query heads."),
+]
 
 
 def fail(message: str) -> NoReturn:
-    """Say what the user did wrong, in one line, and leave."""
+    """Print the message in one line and exit with code 2."""
     typer.echo(f"colonnade: {' '.join(message.split())}", err=True)
     raise typer.Exit(MISTAKE)
 
 
 @contextmanager
 def one_line_for_mistakes() -> Iterator[None]:
-    """Turn what a user did wrong, or did not install, into one line and exit code 2.
+    """Turn a user's mistake, or an extra that is not installed, into one line and exit code 2.
 
-    Used around the checks and openings of a command, not around its work: an error in there is
-    ours, and deserves its traceback.
+    It goes around what a command checks, opens and writes on the user's word, never around its
+    work: an error in there is ours and deserves its traceback.
     """
     try:
         yield
@@ -59,15 +67,8 @@ def one_line_for_mistakes() -> Iterator[None]:
         fail(f"{where}{error.strerror or error}.")
 
 
-def at_least_one(name: str, count: int) -> int:
-    """The count, unless it is below 1."""
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {name}={count}.")
-    return count
-
-
 def table_of(name: str, *of_numbers: str) -> Table:
-    """Its cells may break into lines, but lose no digit."""
+    """Make a table whose cells may break into lines but lose no digit."""
     table = Table(name)
     for column in of_numbers:
         table.add_column(column, justify="right", overflow="fold")
@@ -75,32 +76,32 @@ def table_of(name: str, *of_numbers: str) -> Table:
 
 
 def percent(share: float) -> str:
-    """A share, in three digits."""
+    """Format a share as a percentage with three digits."""
     return f"{three_digits(100 * share)} %"
 
 
 def times(ratio: float) -> str:
-    """A ratio, in three digits or more."""
+    """Format a ratio with three digits or more."""
     return f"{ratio:,.0f} ×" if ratio >= 100 else f"{three_digits(ratio)} ×"
 
 
 def three_digits(value: float) -> str:
-    """A number in three digits, without an exponent where it has no more before the point."""
+    """Format a number with three digits; below 1,000 without an exponent."""
     return f"{value:#.3g}".removesuffix(".")
 
 
 def flops(count: int) -> str:
-    """Floating-point operations, with a prefix."""
+    """Format a number of floating-point operations with a prefix."""
     return _scaled(count, ("", "k", "M", "G", "T", "P", "E", "Z"), 1000, "FLOP")
 
 
 def size(count: int) -> str:
-    """Bytes, with a binary prefix."""
+    """Format a number of bytes with a binary prefix."""
     return _scaled(count, ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei", "Zi"), 1024, "B")
 
 
 def _scaled(value: float, prefixes: tuple[str, ...], step: int, unit: str) -> str:
-    """With the largest prefix that leaves at least 1, in three digits or more."""
+    """Format with the largest prefix that leaves at least 1, with three digits or more."""
     power = 0
     while value >= step and power < len(prefixes) - 1:
         value, power = value / step, power + 1

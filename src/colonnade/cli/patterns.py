@@ -1,18 +1,20 @@
-"""`show` and `cost`: a pattern's picture, and what it costs."""
+"""`show` and `cost`: a picture of a pattern, and the work and memory that it needs."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from colonnade import cost as counting
 from colonnade.cli.common import (
+    AsJson,
+    KvHeads,
     app,
-    at_least_one,
     flops,
     one_line_for_mistakes,
     percent,
@@ -20,102 +22,92 @@ from colonnade.cli.common import (
     table_of,
     times,
 )
-
-if TYPE_CHECKING:
-    from colonnade.cost import Cost, Sizes
+from colonnade.pattern import FixedPattern, check_count
+from colonnade.plot import draw_pattern, pattern_text
 
 
 @app.command()
 def show(
     stride: Annotated[int, typer.Option(help="Length of a block.")] = 8,
-    summary: Annotated[int, typer.Option(help="Summary columns of a block.")] = 2,
-    subblocks: Annotated[int, typer.Option(help="Sub-blocks, one a head in turn.")] = 1,
-    part: Annotated[str, typer.Option(help="merged, local or summary.")] = "merged",
-    causal: Annotated[bool, typer.Option(help="Whether position i reads only up to i.")] = True,
-    length: Annotated[int, typer.Option(help="Positions to show.")] = 32,
-    heads: Annotated[int, typer.Option(help="Key/value heads to show.")] = 1,
+    summary: Annotated[int, typer.Option(help="Number of summary columns in a block.")] = 2,
+    subblocks: Annotated[int, typer.Option(help="Number of sub-blocks; heads take turns.")] = 1,
+    part: Annotated[str, typer.Option(help="Part of the pattern: merged, local or summary.")] = (
+        "merged"
+    ),
+    causal: Annotated[
+        bool, typer.Option(help="Let a position read up to itself; with --no-causal both ways.")
+    ] = True,
+    length: Annotated[int, typer.Option(help="Number of positions to show.")] = 32,
+    heads: Annotated[int, typer.Option(help="Number of key/value heads to show.")] = 1,
     row: Annotated[int | None, typer.Option(help="Query position to highlight.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="PNG or SVG to write. Default: text, here.")
+        Path | None,
+        typer.Option(help="PNG or SVG file to write. Default: print the picture as text."),
     ] = None,
 ) -> None:
     """Show which positions each position reads."""
     with one_line_for_mistakes():
-        from colonnade.pattern import FixedPattern
-
         # Any string may be typed; the pattern is what refuses it.
         pattern = FixedPattern(stride, summary, subblocks, part, causal)  # type: ignore[arg-type]
-        at_least_one("length", length)
-        at_least_one("heads", heads)
-        write = _show_text if out is None else _show_picture
-        write(pattern, length, heads, row, out)
-
-
-def _show_text(pattern: Any, length: int, heads: int, row: int | None, out: Path | None) -> None:
-    from colonnade.plot import pattern_text
-
-    for head in range(heads):
-        if heads > 1:
-            typer.echo(f"head {head}")
-        typer.echo(pattern_text(pattern, length, head, row))
+        check_count("length", length, minimum=1)
+        check_count("heads", heads, minimum=1)
+        if out is not None:
+            draw_pattern(pattern, length, out, heads, row)
+            typer.echo(f"wrote {out}")
+            return
+        pictures = [pattern_text(pattern, length, head, row) for head in range(heads)]
+    for head, picture in enumerate(pictures):
+        typer.echo(f"head {head}\n{picture}" if heads > 1 else picture)
     typer.echo(f"{pattern.num_pairs(length):,} pairs, {pattern.density(length):.1%}")
-
-
-def _show_picture(pattern: Any, length: int, heads: int, row: int | None, out: Path | None) -> None:
-    from colonnade.plot import draw_pattern
-
-    assert out is not None
-    draw_pattern(pattern, length, out, heads, row)
-    typer.echo(f"wrote {out}")
 
 
 @app.command()
 def cost(
-    length: Annotated[int, typer.Option(help="Positions n of a sequence.")] = 16384,
+    length: Annotated[int, typer.Option(help="Number of positions n in a sequence.")] = 16384,
     stride: Annotated[int, typer.Option(help="Length l of a block.")] = 128,
-    summary: Annotated[int, typer.Option(help="Summary columns c of a block.")] = 8,
-    subblocks: Annotated[int, typer.Option(help="Sub-blocks, one a key/value head in turn.")] = 1,
+    summary: Annotated[int, typer.Option(help="Number of summary columns c in a block.")] = 8,
+    subblocks: Annotated[
+        int, typer.Option(help="Number of sub-blocks; key/value heads take turns.")
+    ] = 1,
     window: Annotated[
-        int | None, typer.Option(help="Of local attention. Default: the stride.")
+        int | None, typer.Option(help="Window of local attention. Default: the stride.")
     ] = None,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key/value heads. Default: as many as query heads.")
-    ] = None,
-    width: Annotated[int, typer.Option(help="Width of the model: of the values, all heads.")] = 512,
+    heads: Annotated[int, typer.Option(help="Number of query heads.")] = 8,
+    kv_heads: KvHeads = None,
+    width: Annotated[
+        int, typer.Option(help="Width of the model, and of the values over all heads.")
+    ] = 512,
     qk_width: Annotated[
-        int | None, typer.Option(help="Width of the queries, all heads. Default: --width.")
+        int | None, typer.Option(help="Width of the queries over all heads. Default: --width.")
     ] = None,
-    layers: Annotated[int, typer.Option(help="Layers with this pattern.")] = 1,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    layers: Annotated[int, typer.Option(help="Number of layers with this pattern.")] = 1,
+    batch: Annotated[int, typer.Option(help="Number of sequences in a batch.")] = 1,
     dtype: Annotated[
-        str, typer.Option(help="Of the cache: float32, bfloat16, float16 or float64.")
+        str, typer.Option(help="Type of the cache: float32, bfloat16, float16 or float64.")
     ] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Count what the fixed pattern costs, beside strided, local and full attention.
+    """Count what the fixed pattern costs, next to strided, local and full attention.
 
-    All by formulas, so any length is quick. Position i reads its own block up
-    to itself, and the summary columns of all earlier blocks:
-    (i mod l) + 1 + c · floor(i / l) keys.
+    Everything is computed by formulas, so any length is quick. Position i
+    reads its own block up to itself, and the summary columns of all earlier
+    blocks: (i mod l) + 1 + c · floor(i / l) keys.
 
-    Work of a head is 2 · pairs · (qk_dim + v_dim) FLOP forward, two products,
-    and 2 · pairs · (3 · qk_dim + 2 · v_dim) FLOP backward, five products, for
-    the scores are computed again. Shown is the sum over heads, layers and
-    batch, of attention alone: without projections and softmax.
+    The work of a head is 2 · pairs · (qk_dim + v_dim) FLOP forward, two
+    products, and 2 · pairs · (3 · qk_dim + 2 · v_dim) FLOP backward, five
+    products, because the scores are computed again. The table shows the sum
+    over heads, layers and batch, for attention alone: without projections and
+    softmax.
 
-    The cache is the most keys and values that a decoder has to hold at once:
-    of the fixed pattern the open block and c entries of each closed block, so
-    at most l + c · (n / l - 1) a key/value head where l divides n.
+    The cache is the most keys and values that a decoder keeps at once: with
+    the fixed pattern the open block and c entries of each closed block, so at
+    most l + c · (n / l - 1) for a key/value head where l divides n.
 
-    The best stride is sqrt(c · n), rounded, which makes the mean number of
-    keys, about l / 2 + c · n / (2 · l), smallest.
+    The best stride is sqrt(c · n), rounded. It minimizes the mean number of
+    keys, about l / 2 + c · n / (2 · l).
     """
     with one_line_for_mistakes():
-        from colonnade import cost as counting
-        from colonnade.pattern import FixedPattern
-
-        at_least_one("length", length)
+        check_count("length", length, minimum=1)
         pattern = FixedPattern(stride, summary, subblocks)
         sizes = counting.Sizes(
             heads=heads,
@@ -127,15 +119,15 @@ def cost(
             dtype=dtype,
         )
         patterns = counting.comparison(pattern, stride if window is None else window, length)
-        costs = {name: counting.cost(each, length, sizes) for name, each in patterns.items()}
+    costs = {name: counting.cost(each, length, sizes) for name, each in patterns.items()}
     if as_json:
-        typer.echo(json.dumps(_cost_as_json(length, sizes, patterns, costs)))
-        return
-    _print_costs(length, sizes, patterns, costs)
+        typer.echo(json.dumps(_costs_as_json(length, sizes, patterns, costs)))
+    else:
+        _print_costs(length, sizes, patterns, costs)
 
 
-def _cost_as_json(
-    length: int, sizes: Sizes, patterns: dict[str, Any], costs: dict[str, Cost]
+def _costs_as_json(
+    length: int, sizes: counting.Sizes, patterns: dict[str, Any], costs: dict[str, counting.Cost]
 ) -> dict[str, Any]:
     return {
         "length": length,
@@ -154,13 +146,13 @@ def _cost_as_json(
 
 
 def _print_costs(
-    length: int, sizes: Sizes, patterns: dict[str, Any], costs: dict[str, Cost]
+    length: int, sizes: counting.Sizes, patterns: dict[str, Any], costs: dict[str, counting.Cost]
 ) -> None:
-    """Three tables, for one would not fit into 80 columns."""
-    fixed, best = patterns["fixed"], patterns["fixed_at_best_stride"]
+    """Print three tables, because one would not fit into 80 columns."""
+    fixed = patterns["fixed"]
     names = {
         "fixed": f"fixed, stride {fixed.stride:,}",
-        "fixed_at_best_stride": f"fixed, best {best.stride:,}",
+        "fixed_at_best_stride": f"fixed, best {patterns['fixed_at_best_stride'].stride:,}",
         "strided": f"strided, stride {fixed.stride:,}",
         "local": f"local, window {patterns['local'].window:,}",
         "full": "full",

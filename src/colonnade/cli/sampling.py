@@ -1,4 +1,4 @@
-"""`sample`."""
+"""`sample`: continue a prompt with a trained model."""
 
 from __future__ import annotations
 
@@ -9,35 +9,40 @@ from typing import Annotated, Any
 
 import typer
 
-from colonnade.cli.common import app, at_least_one, one_line_for_mistakes
-from colonnade.cli.training import load_model
+from colonnade.cli.common import RunFolder, app, one_line_for_mistakes
+from colonnade.pattern import check_count
 
 
 @app.command()
 def sample(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    run_folder: RunFolder,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="File whose bytes are continued; - for standard input.")
+        Path | None, typer.Option(help="File whose bytes to continue; - reads standard input.")
     ] = None,
-    num_bytes: Annotated[int, typer.Option("--bytes", help="How many to write.")] = 400,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    num_bytes: Annotated[int, typer.Option("--bytes", help="Number of bytes to write.")] = 400,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the draws; 0 takes the likeliest byte.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(help="Number of likeliest bytes to draw from; 0 draws from all.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the draws.")] = 0,
 ) -> None:
-    """Write the prompt and, as they are drawn, the bytes that the model continues it with.
+    """Write the prompt, and each byte that continues it as soon as it is drawn.
 
-    They go to standard output, and what it took to standard error. A model has a number of
-    positions: of a longer prompt it reads the end, half as long as that; and when the positions are
-    used up, it goes on from so much of what is there.
+    The bytes go to standard output, time and memory to standard error. A model has a limited number
+    of positions. Of a longer prompt it reads only the end, half as many bytes as it has positions;
+    and whenever the positions are used up, it continues from that many of the last bytes.
     """
     with one_line_for_mistakes():
         from transformers import set_seed
 
+        from colonnade.train.folder import load_model
         from colonnade.train.sample import continue_bytes
 
         start = _prompt_bytes(prompt, prompt_file)
-        at_least_one("bytes", num_bytes)
+        check_count("bytes", num_bytes, minimum=1)
         if temperature < 0 or top_k < 0:
             raise ValueError(
                 "temperature and top_k must be at least 0, "
@@ -46,21 +51,21 @@ def sample(
         model = load_model(run_folder)
     _say_what_is_read(len(start), num_bytes, model.config.max_position_embeddings)
     set_seed(seed)
-    draw: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        draw = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    draws: dict[str, Any] = {"temperature": temperature, "top_k": top_k} if temperature > 0 else {}
     _write(start)
-    report = continue_bytes(model, start, num_bytes, _write, **draw)
+    report = continue_bytes(model, start, num_bytes, _write, do_sample=temperature > 0, **draws)
     _write(b"\n")
     typer.echo(f"{report}.", err=True)
 
 
 def _write(data: bytes) -> None:
+    """Write to standard output at once."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
 
 def _say_what_is_read(prompt_len: int, num_bytes: int, limit: int) -> None:
+    """Warn on standard error if the prompt or its continuation does not fit into the positions."""
     half = max(limit // 2, 1)
     if prompt_len > limit:
         typer.echo(
@@ -70,13 +75,14 @@ def _say_what_is_read(prompt_len: int, num_bytes: int, limit: int) -> None:
         )
     if min(prompt_len, limit) + num_bytes > limit + 1:
         typer.echo(
-            f"the model has {limit:,} positions: whenever they are used up, it goes on from the "
+            f"the model has {limit:,} positions: whenever they are used up, it continues from the "
             f"last {half:,} bytes and has forgotten what came before.",
             err=True,
         )
 
 
 def _prompt_bytes(prompt: str | None, prompt_file: Path | None) -> bytes:
+    """Return the bytes to continue, a newline if none are given."""
     if prompt is not None and prompt_file is not None:
         raise ValueError("give --prompt or --prompt-file, not both.")
     if prompt_file is None:

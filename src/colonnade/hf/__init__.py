@@ -1,7 +1,7 @@
-"""Everything that imports transformers.
+"""Fixed attention for transformers: a model of its own, a cache, and `retrofit` for other models.
 
-Importing this registers attn_implementation="colonnade", and the Sparse Transformer with
-AutoConfig, AutoModel and AutoModelForCausalLM.
+Importing this package registers attn_implementation="colonnade", and the Sparse Transformer with
+AutoConfig, AutoModel and AutoModelForCausalLM. Nothing below it imports transformers.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -20,9 +20,11 @@ from transformers.masking_utils import causal_mask_function, packed_sequence_mas
 
 from colonnade.hf.cache import CacheOffset, FixedCache
 from colonnade.hf.settings import NAME, patterns_of
-from colonnade.ops.heads import Patterns, attend, runs_of_heads
-from colonnade.ops.kept import attend_positions
+from colonnade.ops.check import make_call
+from colonnade.ops.heads import Patterns, attention_in_groups, in_head_groups
+from colonnade.ops.kept import attend_seen, mask_of_positions
 from colonnade.ops.packing import Packing
+from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Positions, Query, Value
 
 
@@ -177,7 +179,8 @@ def attention_function(
             key, value = (t[:, :, : int(filled)] for t in (key, value))
             padding = None if padding is None else padding[:, : int(filled)]
         if padding is None or bool(padding.all()):
-            out = attend(query, key, value, patterns, attention_mask.packing, **options)
+            packing = attention_mask.packing
+            out = attention_in_groups(query, key, value, patterns, packing, **options)
         else:
             out = _attend_rows(query, key, value, patterns, padding, options)
     return out.transpose(1, 2).contiguous(), None
@@ -239,14 +242,13 @@ def _attend_filled(
         is_token = is_token & of_buffer
     position = is_token.cumsum(1) - 1
     last = filled - query.shape[2] + torch.arange(query.shape[2], device=key.device)
-    outs = []
-    for pattern, first, stop in runs_of_heads(patterns, key.shape[1]):
-        group = query.shape[1] // key.shape[1]
-        tensors = query[:, first * group : stop * group], key[:, first:stop], value[:, first:stop]
-        outs.append(
-            attend_positions(*tensors, pattern, position[:, last], position, is_token, **options)
-        )
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    def attend(pattern: Pattern, query: Query, key: Key, value: Value) -> Output:
+        mask = mask_of_positions(pattern, position[:, last], position, is_token, key.shape[1])
+        call = make_call(query, pattern, options["scale"], options["dropout_p"], False)
+        return attend_seen(query, key, value, mask, call)
+
+    return in_head_groups(attend, patterns, query, key, value)
 
 
 def _attend_rows(
@@ -266,5 +268,5 @@ def _attend_rows(
             key[row, None, :, is_token],
             value[row, None, :, is_token],
         )
-        out[row, :, queried] = attend(q, k, v, patterns, **options)[0]
+        out[row, :, queried] = attention_in_groups(q, k, v, patterns, **options)[0]
     return out

@@ -1,4 +1,4 @@
-"""The configuration of the Sparse Transformer, and the paper's settings as presets."""
+"""The configuration of the Sparse Transformer, with the paper's models as presets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.check import check_probability
 from colonnade.ops.heads import check_patterns
-from colonnade.pattern import FixedPattern
+from colonnade.pattern import FixedPattern, check_count
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Child et al. 2019, sections 7.1 to 7.3.
@@ -24,7 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "summary": 32,
         "dropout": 0.40,
     },
-    # Half-size feed-forward, queries and keys; the stride is that of OpenAI's code: a row of bytes.
+    # The feed-forward network, queries and keys are half-size. The stride is that of OpenAI's code,
+    # the bytes in a row of pixels.
     "cifar10": {
         "num_hidden_layers": 128,
         "num_attention_heads": 2,
@@ -47,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stride": 128,
         "dropout": 0.01,
     },
-    # About a million parameters, to be trained in minutes on two cores.
+    # Under a million parameters, so that it trains in minutes on two cores.
     "demo": {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -68,40 +69,43 @@ class SparseTransformerConfig(PreTrainedConfig):
     Args:
         vocab_size: Number of tokens; 256 for bytes.
         hidden_size: Width of the residual stream.
-        num_hidden_layers: Residual blocks N.
-        num_attention_heads: Query heads; a divisor of `hidden_size` and of `qk_size`.
-        num_key_value_heads: Key/value heads; `num_attention_heads` if None.
+        num_hidden_layers: Number N of residual blocks.
+        num_attention_heads: Number of query heads; a divisor of `hidden_size` and of `qk_size`.
+        num_key_value_heads: Number of key/value heads; `num_attention_heads` if None.
         intermediate_size: Width inside the feed-forward network; 4 · hidden_size if None.
-        qk_size: Width of queries and keys over all heads; hidden_size if None.
-        max_position_embeddings: The longest sequence, in tokens.
+        qk_size: Width of queries and keys, summed over all heads; `hidden_size` if None.
+        max_position_embeddings: Length of the longest sequence, in tokens.
         stride: Length l of a block, and width of the matrix that positions are laid out in.
-        summary: Columns c of every block that all later positions read.
-        subblocks: Key/value head h reads the summary columns of sub-block h mod subblocks.
+        summary: Number c of columns of every block that all later positions read.
+        subblocks: Number of sub-blocks; key/value head h reads the summary columns of sub-block
+            h mod subblocks.
         pattern: "fixed", or for comparison "strided", "local" (a window as wide as the stride) or
             "full".
-        scheme: How the two factors of a fixed or strided pattern are used: "merged" (every head
-            reads both), "interleaved" (layers take turns), "multihead" (in every layer the first
-            half of the key heads reads the own blocks, the rest the summaries).
-        image_shape: [height, width, channels]: the positions are those of an image, byte by byte,
-            with an embedding of row, column and channel. None: text, with an embedding of row and
-            column of a matrix as wide as the stride.
-        dropout: At the end of each residual branch.
-        attention_dropout: Of the attention's weights; the paper has none.
-        layer_norm_eps: Added to the variance in every layer norm.
-        initializer: With "code" projections are drawn with standard deviation sqrt(0.125/d_in),
-            as OpenAI's code does; with "paper" with 0.125/sqrt(d_in), as printed (section 5.2).
+        scheme: The use of the two factors of a fixed or strided pattern: "merged" (every head
+            reads both), "interleaved" (layers take turns) or "multihead" (in every layer the first
+            half of the key heads reads its own blocks, the rest reads the summaries).
+        image_shape: [height, width, channels] if positions are the bytes of an image, which get
+            embeddings of row, column and channel. None is for text, which gets embeddings of row
+            and column in a matrix as wide as the stride.
+        dropout: Probability of dropping an entry at the end of each residual branch.
+        attention_dropout: Probability of dropping a weight of the attention; 0 in the paper.
+        layer_norm_eps: Constant that every layer norm adds to the variance.
+        initializer: "code" draws projections with standard deviation sqrt(0.125/d_in), as OpenAI's
+            code does; "paper" draws them with 0.125/sqrt(d_in), as printed (section 5.2).
         embedding_std: Standard deviation of the token embedding; that of each position embedding
-            is smaller by the root of their number. The paper's 0.125/sqrt(hidden_size) if None.
-        use_cache: Whether `generate` keeps keys and values.
+            is smaller by the square root of their number. The paper's 0.125/sqrt(hidden_size) if
+            None.
+        use_cache: Keep keys and values in `generate`.
 
     Raises:
-        ValueError: A pattern or scheme that does not exist, a size below 1, or more positions than
-            `image_shape` has.
+        TypeError: A size is not an integer.
+        ValueError: A pattern or scheme does not exist, a size is below 1, a probability lies
+            outside [0, 1], or `image_shape` has fewer bytes than there are positions.
     """
 
     model_type = "sparse_transformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    # The names under which every model says what attn_implementation="colonnade" shall do.
+    # The names under which attn_implementation="colonnade" looks for its settings in every model.
     attribute_map: ClassVar[dict[str, str]] = {
         "colonnade_stride": "stride",
         "colonnade_summary": "summary",
@@ -146,14 +150,13 @@ class SparseTransformerConfig(PreTrainedConfig):
         if self.embedding_std is None:
             self.embedding_std = 0.125 / math.sqrt(self.hidden_size)
         FixedPattern(self.stride, self.summary, self.subblocks)
-        for name in ("vocab_size", "num_hidden_layers", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
-        if self.max_position_embeddings < 1:
-            raise ValueError(
-                "max_position_embeddings must be at least 1, "
-                f"got max_position_embeddings={self.max_position_embeddings}."
-            )
+        for name in (
+            "vocab_size",
+            "num_hidden_layers",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            check_count(name, getattr(self, name), minimum=1)
         if self.image_shape is not None:
             self._check_image(self.image_shape)
         for name in ("dropout", "attention_dropout"):
@@ -161,7 +164,7 @@ class SparseTransformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         for layer in range(self.num_hidden_layers if self.is_heterogeneous else 1):
             check_patterns(patterns_of(self, layer), self.num_key_value_heads)
-        # Not saved with a checkpoint: the configuration itself has to ask for it.
+        # A checkpoint does not name the attention, so the configuration itself asks for ours.
         if self._attn_implementation is None:
             self._attn_implementation = NAME
 
@@ -173,17 +176,21 @@ class SparseTransformerConfig(PreTrainedConfig):
             )
         if self.max_position_embeddings > math.prod(image_shape):
             raise ValueError(
-                "max_position_embeddings must be at most the bytes of image_shape, got "
+                "max_position_embeddings must be at most height · width · channels, got "
                 f"max_position_embeddings={self.max_position_embeddings} and "
-                f"image_shape={image_shape}."
+                f"image_shape={image_shape}, which has {math.prod(image_shape)} bytes."
             )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SparseTransformerConfig:
-        """The settings of one of the paper's models, or of the demo, with `changes` on top.
+        """Return the settings of one of the paper's models or of the demo.
+
+        Args:
+            name: "enwik8", "cifar10", "imagenet64" (sections 7.1 to 7.3) or "demo".
+            **changes: Settings that replace those of the preset.
 
         Raises:
-            ValueError: An unknown preset.
+            ValueError: `name` is not a preset, or the settings with `changes` are impossible.
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got preset={name!r}.")

@@ -1,7 +1,8 @@
-"""The Sparse Transformer as a transformers model: `nn`'s parts, transformers' machinery.
+"""The Sparse Transformer as a transformers model, built from the modules in `colonnade.nn`.
 
-A layer is `nn.ResidualBlock` around `nn.SelfAttention`'s projections; the attention itself goes
-through the function that is registered as "colonnade", the way every transformers model takes.
+A layer is `nn.ResidualBlock` around the projections of `nn.SelfAttention`. The attention itself
+runs in the function that is registered as "colonnade", as in every transformers model that asks
+for it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbed
 
 
 class SparseTransformerAttention(nn.Module):
-    """`nn.SelfAttention`'s projections around transformers' attention interface and cache."""
+    """The projections of `nn.SelfAttention` around transformers' attention interface and cache."""
 
     def __init__(self, config: SparseTransformerConfig, layer_idx: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class SparseTransformerAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[batch, seq_len, hidden_size] to the same; keys and values go through the cache."""
+        """Attend; [batch, seq_len, hidden_size]. Keys and values go through the cache, if any."""
         query, key, value = self.layer.project(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -66,7 +67,7 @@ class SparseTransformerAttention(nn.Module):
 
 
 class SparseTransformerLayer(GradientCheckpointingLayer):
-    """One residual block, recomputed in the backward pass when checkpointing is on."""
+    """A residual block, which the backward pass recomputes when checkpointing is on."""
 
     def __init__(self, config: SparseTransformerConfig, layer_idx: int) -> None:
         super().__init__()
@@ -80,28 +81,28 @@ class SparseTransformerLayer(GradientCheckpointingLayer):
         )
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """[batch, seq_len, hidden_size] to the same."""
+        """Apply the block; [batch, seq_len, hidden_size]."""
         out: Tensor = self.block(hidden_states, **kwargs)
         return out
 
 
 class SparseTransformerPreTrainedModel(PreTrainedModel):
-    """Initialisation, and what the model can do."""
+    """The base of both models: their initialisation, and what they tell transformers."""
 
     config: SparseTransformerConfig
     config_class = SparseTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # Plain lists and dicts are the form that transformers reads.
+    # transformers reads these as plain lists and dicts.
     _no_split_modules = ["SparseTransformerLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": SparseTransformerLayer}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The paper's initialisation (section 5.2); see `SparseTransformerConfig.initializer`.
+        """Initialise as the paper does (section 5.2); see `SparseTransformerConfig.initializer`.
 
-        transformers calls this for modules that own a parameter, and passes over their parents.
+        transformers calls this for modules that own a parameter, but not for their parents.
         """
         config = self.config
         if isinstance(module, nn.LayerNorm):
@@ -113,7 +114,7 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
             tables = 1 if is_token else 2 if config.image_shape is None else 3
             initialization.normal_(module.weight, std=config.embedding_std / math.sqrt(tables))
         elif module is self.get_output_embeddings():
-            # Zero logits: the first loss is exactly log2(vocab_size) bits.
+            # With zero logits the first loss is exactly log2(vocab_size) bits.
             initialization.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
             variance = 0.125 if config.initializer == "code" else 0.125**2
@@ -123,7 +124,7 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.bias)
 
     def _ends_branch(self, linear: nn.Linear) -> bool:
-        """Whether the result of a linear map is added to the residual stream."""
+        """Whether the output of `linear` is added to the residual stream."""
         return any(
             linear is block.attention.layer.out_proj or linear is block.feed_forward.down_proj
             for block in self.base_model.modules()
@@ -151,7 +152,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The token table."""
+        """Return the token table."""
         return self.embedding.token
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -171,26 +172,30 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [batch, seq_len, hidden_size] of tokens, or of their embeddings.
+        """Return the hidden states [batch, seq_len, hidden_size] of tokens or of their embeddings.
+
+        The arguments are those of `SparseTransformerForCausalLM`.
 
         Raises:
-            ValueError: Both or neither of `input_ids` and `inputs_embeds`, a 4-D attention mask, a
-                position that the model has no embedding for, or a cache for packed rows.
-            NotImplementedError: A mask of another kind, or a cache that drops positions, or that
-                is quantised or offloaded.
+            ValueError: Both or neither of `input_ids` and `inputs_embeds` are given, the attention
+                mask has four dimensions, the model has no embedding for a position, or packed rows
+                come with a cache.
+            NotImplementedError: A mask is of another kind, another attention is set, or the cache
+                drops positions, is quantised or is offloaded.
         """
         check_cache(past_key_values)
         if self.config._attn_implementation != NAME:  # transformers lets every model have "eager".
             raise NotImplementedError(
-                f"the Sparse Transformer runs attn_implementation={NAME!r} only, "
-                f"got {self.config._attn_implementation!r}."
+                f"the Sparse Transformer runs attn_implementation={NAME!r} only, got "
+                f"{self.config._attn_implementation!r}. For dense attention set pattern='full'."
             )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}.")
         if inputs_embeds is None:
             inputs_embeds = self.embedding.token(input_ids)
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
-            attention_mask = None  # transformers looks for packed rows only where there is none.
+            attention_mask = None  # transformers looks for packed rows only if there is no mask.
         packed = attention_mask is None and _restart(position_ids)
         if packed and past_key_values is not None:
             raise ValueError(
@@ -221,28 +226,28 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         )
 
     def _check_positions(self, position_ids: Tensor) -> None:
-        """A position without an embedding would be an obscure index error, or worse on a GPU."""
+        """Refuse positions without an embedding: an obscure index error, or worse on a GPU."""
         limit = self.config.max_position_embeddings
-        if torch.compiler.is_compiling():  # It may not look at numbers.
+        if torch.compiler.is_compiling():  # A compiler cannot branch on a tensor's contents.
             return
         if (
             position_ids.numel()
             and not 0 <= int(position_ids.min()) <= int(position_ids.max()) < limit
         ):
             raise ValueError(
-                "positions must be in [0, max_position_embeddings), got "
+                "positions must be in [0, max_position_embeddings), got positions from "
                 f"{int(position_ids.min())} to {int(position_ids.max())} "
                 f"and max_position_embeddings={limit}."
             )
 
 
 def _restart(position_ids: Tensor | None) -> bool:
-    """Whether positions do anything but count on."""
+    """Whether any position is not 1 more than the one before it, as in packed rows."""
     return position_ids is not None and bool((position_ids.diff() != 1).any())
 
 
 def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
-    """Positions from each row's first token on; padding has position 0 or that of its neighbour."""
+    """Count positions from each row's first token; padding gets 0, or its left neighbour's."""
     length = inputs_embeds.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -258,19 +263,19 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(  # type: ignore[override]  # Only these two are looked at.
+    def _prepare_cache_for_generation(  # type: ignore[override]  # The rest is only passed on.
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        """What `generate` calls to get a cache: ours, where no other was asked for.
+        """Give `generate` a `FixedCache`, unless the caller asked for another cache.
 
         Raises:
-            NotImplementedError: A quantised or an offloaded cache.
+            NotImplementedError: The cache asked for is quantised or offloaded.
         """
         kind = generation_config.cache_implementation
         if kind is not None and kind.startswith(("offloaded", "quantized")):
             raise NotImplementedError(
                 f"the Sparse Transformer has no {kind} cache, got cache_implementation={kind!r}. "
-                "Leave it out: what is kept is small."
+                "Leave it out: the model's own cache is small."
             )
         wants_ours = kind in (None, "dynamic") and generation_config.use_cache is not False
         if wants_ours and model_kwargs.get("past_key_values") is None:
@@ -294,23 +299,31 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [batch, seq_len, vocab_size], and the mean loss in nats where `labels` are given.
+        """Return the logits, and the mean loss in nats if `labels` are given.
 
         Args:
             input_ids: [batch, seq_len] tokens.
-            attention_mask: [batch, positions so far], 0 where there is padding, on either side.
-                Each row's tokens give what they would give alone.
+            attention_mask: [batch, positions so far], 0 at padding, on either side. Each row's
+                tokens give what they would give alone.
             position_ids: [batch or 1, seq_len]; counted from each row's first token if None.
-                Without `attention_mask` and cache, a row whose positions restart is packed: nothing
-                crosses from one document to another.
-            past_key_values: Keys and values of earlier positions; a `FixedCache` if none is given.
-            inputs_embeds: [batch, seq_len, hidden_size] in place of `input_ids`.
+                Without `attention_mask` and cache, a row whose positions restart is packed: no
+                document attends to another.
+            past_key_values: Keys and values of earlier positions. If it is None and `use_cache` is
+                set, a new `FixedCache`.
+            inputs_embeds: [batch, seq_len, hidden_size], instead of `input_ids`.
             labels: [batch, seq_len]; label t is compared with the prediction from position t - 1,
-                and -100 is left out.
+                and labels of -100 are left out.
             use_cache: Return keys and values.
-            logits_to_keep: Compute the last so many logits only (0: all), or those at the given
-                indices.
-            **kwargs: To the attention function and the loss function.
+            logits_to_keep: Number of logits to compute, counted from the end, or the indices of
+                those to compute; 0 computes all.
+            **kwargs: Passed on to the attention function and the loss function.
+
+        Returns:
+            The logits [batch, seq_len or fewer, vocab_size], the loss, and the cache.
+
+        Raises:
+            ValueError: As `SparseTransformerModel`.
+            NotImplementedError: As `SparseTransformerModel`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -321,8 +334,8 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        chosen = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, chosen])
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -1,7 +1,7 @@
-"""Fixed attention for a model that exists: set in its configuration, run by our function.
+"""Give a transformers model that you have already fixed attention, through its configuration.
 
-No weight changes and no module is replaced. With no layer chosen the model gives what it gave
-before; with a fixed pattern it has to be fine-tuned to it.
+The weights stay as they are and no module is replaced, so expect to fine-tune. With `layers=[]`
+the model gives what it gave before.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from colonnade.pattern import FixedPattern, check_count
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+_CHANGES_THE_RESULT = {
+    "sliding_window": "a sliding window",
+    "attention_chunk_size": "chunked attention",
+    "attn_logit_softcapping": "capped scores",
+}
+"""Settings of other models that no fixed pattern can follow, and what each of them means."""
+
 
 def retrofit(
     model: Model,
@@ -30,24 +37,30 @@ def retrofit(
 ) -> Model:
     """Give layers of a loaded causal model the pattern S_i = A1_i ∪ A2_i; see `FixedPattern`.
 
-    For models of transformers that attend through its attention interface, such as Llama, Qwen,
-    Mistral, GPT-2 and GPT-NeoX. The settings stand in `model.config` and are saved with it; that
-    attention is "colonnade" is not, so reload with `colonnade.hf.load`: `from_pretrained` gives a
-    dense model. `generate` takes `past_key_values=FixedCache(model.config)` for the small cache.
+    This works for transformers models that attend through the attention interface, such as Llama,
+    Qwen, Mistral, GPT-2 and GPT-NeoX. The settings are written into `model.config` and saved with
+    it, but transformers does not save the name of the attention: reload with `colonnade.hf.load`,
+    because `from_pretrained` gives a dense model. For the small cache, pass
+    `past_key_values=FixedCache(model.config)` to `generate`.
 
     Args:
-        model: Is changed, and returned.
+        model: The model, which is changed in place.
         stride: Length l of a block, in tokens.
-        summary: Columns c of every block that all later positions read.
-        subblocks: Key/value head h reads the summary columns of sub-block h mod subblocks.
-        layers: Which layers get the pattern; the others go on reading everything, through the same
-            function. None: all.
+        summary: Number c of columns of every block that all later positions read.
+        subblocks: Number of sub-blocks; key/value head h reads the summary columns of sub-block
+            h mod subblocks.
+        layers: Indices of the layers that get the pattern; the others still read everything,
+            through the same attention function. All layers if None.
+
+    Returns:
+        `model`.
 
     Raises:
-        TypeError: `model` is no model of transformers, or a count is no integer.
-        ValueError: A pattern that does not exist, or layers that the model does not have.
-        NotImplementedError: The model attends in a way that has no fixed pattern: windows, capped
-            scores, cross-attention, or outside of transformers' attention interface.
+        TypeError: `model` is not a transformers model, or a count is not an integer.
+        ValueError: The pattern does not exist, the model lacks a layer in `layers`, or it is a
+            Sparse Transformer, which has a pattern already.
+        NotImplementedError: The model attends in a way that has no fixed pattern (windows, capped
+            scores, cross-attention), or not through transformers' attention interface.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -58,33 +71,38 @@ def retrofit(
     config = model.config.get_text_config(decoder=True)
     _check_model(model, config)
     every = range(config.num_hidden_layers)
-    for layer in () if layers is None else layers:
+    chosen = every if layers is None else layers
+    for layer in chosen:
         check_count("layers", layer, minimum=0)
         if layer not in every:
             raise ValueError(
-                f"layers must be in [0, num_hidden_layers), got layers={list(layers or ())} and "
+                f"layers must be in [0, num_hidden_layers), got layers={list(chosen)} and "
                 f"num_hidden_layers={len(every)}."
             )
-    dense = [] if layers is None else [layer for layer in every if layer not in layers]
+    dense = [layer for layer in every if layer not in chosen]
     _write_settings(config, stride, summary, subblocks, dense)
     model.set_attn_implementation(NAME)
     return _watched(model)
 
 
 def load(path: str | PathLike[str], **options: Any) -> Any:
-    """A causal model that was saved after `retrofit`, with its fixed attention.
+    """Load a causal model that was saved after `retrofit`, with its fixed attention.
 
     Args:
         path: Folder or name, as for `AutoModelForCausalLM.from_pretrained`.
-        **options: To `from_pretrained`.
+        **options: Passed on to `from_pretrained`.
+
+    Returns:
+        The model, in the class that `AutoModelForCausalLM` finds for it.
 
     Raises:
-        ValueError: The configuration lacks our settings, or another attention is asked for.
+        ValueError: The configuration lacks the settings that `retrofit` writes, or
+            `attn_implementation` names another attention.
     """
     if options.get("attn_implementation", NAME) != NAME:
         raise ValueError(
-            f"load gives attn_implementation={NAME!r}, got "
-            f"attn_implementation={options['attn_implementation']!r}. Use from_pretrained."
+            f"load takes no attn_implementation but {NAME!r}, got attn_implementation="
+            f"{options['attn_implementation']!r}. Use from_pretrained for another attention."
         )
     names = ("revision", "cache_dir", "token", "trust_remote_code", "local_files_only", "subfolder")
     shared = {name: options[name] for name in names if name in options}
@@ -95,12 +113,13 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
 
 
 def _watched(model: Model) -> Model:
-    """The model, which will refuse caches that the pattern has no use for.
+    """Make the model refuse caches that would do nothing for the pattern, and return it.
 
-    Neither the mask function nor the attention function is shown the cache.
+    A hook has to look, because transformers shows neither the mask function nor the attention
+    function the cache.
     """
     base = model.base_model
-    if _check_cache_of_call not in base._forward_pre_hooks.values():  # Retrofitted before.
+    if _check_cache_of_call not in base._forward_pre_hooks.values():  # A second retrofit finds it.
         base.register_forward_pre_hook(_check_cache_of_call, with_kwargs=True)
     return model
 
@@ -136,36 +155,29 @@ def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     name = type(model).__name__
     if config.model_type == "sparse_transformer":
         raise ValueError(
-            f"{name} has a fixed pattern already: set stride, summary and subblocks in its "
-            "configuration."
+            f"{name} has a fixed pattern already. Set stride, summary and subblocks in its "
+            "configuration instead."
         )
     if not model._supports_attention_backend:
         raise NotImplementedError(
-            f"{name} does not attend through transformers' attention interface, so its pattern "
-            "cannot be changed."
+            f"a model must attend through transformers' attention interface, which {name} does "
+            "not, so its pattern cannot be changed."
         )
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise NotImplementedError(
-            f"{name} has cross-attention; only causal decoders have a pattern."
+            f"a fixed pattern is for causal decoders, got {name}, which has cross-attention."
         )
     of_layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     for of_layer in of_layers:
-        for setting, what in _CHANGES_THE_RESULT.items():
+        for setting, meaning in _CHANGES_THE_RESULT.items():
             value = getattr(of_layer, setting, None)
             if value:
                 raise NotImplementedError(
-                    f"{name} has {what}, got {setting}={value!r}; a fixed pattern has none. Set "
-                    f"model.config.{setting}=None if the model can do without."
+                    f"a fixed pattern cannot have {meaning}, got {setting}={value!r} for {name}. "
+                    f"Set model.config.{setting}=None if the model can do without."
                 )
     other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if other:
         raise NotImplementedError(
-            f"{name} has layers of other kinds than full attention, got layer_types with {other}."
+            f"every layer must have full attention, got layer_types with {other} for {name}."
         )
-
-
-_CHANGES_THE_RESULT = {
-    "sliding_window": "a sliding window",
-    "attention_chunk_size": "chunked attention",
-    "attn_logit_softcapping": "capped scores",
-}

@@ -1,4 +1,4 @@
-"""Bytes as tokens: id = byte value, 256 ids."""
+"""A tokenizer for bytes: 256 ids, each the value of its byte."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 PAD_BYTE = 0xFF
-"""Never occurs in UTF-8, so no text has it; a padded position is told by the attention mask."""
+"""A byte that no UTF-8 text contains. It fills padding; the attention mask says where that is."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose ids are the bytes of the text in UTF-8.
+    """Return a tokenizer whose ids are the bytes of the text in UTF-8.
 
-    It is saved with a checkpoint as data and loads by AutoTokenizer without any code of ours.
-    Nothing in a text is read as a special token.
+    A checkpoint stores it as data, which AutoTokenizer loads without this package. No part of a
+    text is read as a special token.
     """
     symbols = bytes_to_unicode()
     vocab = {symbols[byte]: byte for byte in range(256)}

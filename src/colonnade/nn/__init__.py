@@ -1,4 +1,4 @@
-"""The Sparse Transformer's parts as plain torch modules."""
+"""The parts of the Sparse Transformer as plain torch modules."""
 
 from colonnade.nn.attention import SelfAttention
 from colonnade.nn.block import FeedForward, ResidualBlock

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from colonnade.backends.choice import check_backend
 from colonnade.cache import KVCache
-from colonnade.ops.check import check_probability
-from colonnade.ops.heads import Patterns, attend, check_patterns
+from colonnade.ops.check import check_padding, check_probability
+from colonnade.ops.heads import Patterns, attention_in_groups, check_patterns
 from colonnade.ops.packing import Packing
 from colonnade.pattern import check_count
 from colonnade.shapes import CuSeqlens, Hidden, Key, Output, Query, Rotary, Value
@@ -32,6 +33,8 @@ class SelfAttention(nn.Module):
             "half-size" queries and keys are `embed_dim // 2`.
         dropout: Probability of dropping a weight of the attention, in training. The paper drops at
             the end of a residual branch only, see `ResidualBlock`.
+        backend: "auto", or the backend that has to run, in `new_cache` too. It raises where it does
+            not take a call.
 
     Raises:
         TypeError: A count is not an integer, or `pattern` is neither a pattern nor a tuple of them.
@@ -46,6 +49,7 @@ class SelfAttention(nn.Module):
         num_kv_heads: int | None = None,
         qk_dim: int | None = None,
         dropout: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -53,12 +57,14 @@ class SelfAttention(nn.Module):
         _check_sizes(embed_dim, num_heads, num_kv_heads, qk_dim)
         check_patterns(pattern, num_kv_heads)
         check_probability("dropout", dropout)
+        check_backend(backend)
         self.pattern = pattern
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.qk_head_dim = qk_dim // num_heads
         self.v_head_dim = embed_dim // num_heads
         self.dropout = dropout
+        self.backend = backend
         self.query_proj = nn.Linear(embed_dim, qk_dim)
         self.key_proj = nn.Linear(embed_dim, num_kv_heads * self.qk_head_dim)
         self.value_proj = nn.Linear(embed_dim, num_kv_heads * self.v_head_dim)
@@ -110,12 +116,13 @@ class SelfAttention(nn.Module):
             )
         query, key, value = self.project(x, rotary)
         documents = None if cu_seqlens is None else Packing(1, x.shape[1], None, cu_seqlens)
-        out = attend(query, key, value, self.pattern, documents, dropout_p=dropout)
+        options = {"dropout_p": dropout, "backend": self.backend}
+        out = attention_in_groups(query, key, value, self.pattern, documents, **options)
         return self.merge_heads(out)
 
     def new_cache(self, max_seq_len: int | None = None) -> KVCache:
         """An empty cache for this layer; see `KVCache`."""
-        return KVCache(self.pattern, max_seq_len)
+        return KVCache(self.pattern, max_seq_len, self.backend)
 
     def _check_cache(self, cache: KVCache, cu_seqlens: CuSeqlens | None, dropout: float) -> None:
         if not isinstance(cache, KVCache):
@@ -200,13 +207,4 @@ def _check_layout(x: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | N
             "with cu_seqlens the documents lie in one row: x must be [1, total, embed_dim], "
             f"got x.shape={tuple(x.shape)}."
         )
-    if padding_mask is None:
-        return
-    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
-        found = getattr(padding_mask, "dtype", type(padding_mask).__name__)
-        raise TypeError(f"padding_mask must be a bool tensor, True at tokens, got {found}.")
-    if padding_mask.shape != x.shape[:2]:
-        raise ValueError(
-            "padding_mask must be [batch, seq_len] of x, got "
-            f"padding_mask.shape={tuple(padding_mask.shape)} and x.shape={tuple(x.shape)}."
-        )
+    check_padding(padding_mask, "x", (x.shape[0], x.shape[1]))

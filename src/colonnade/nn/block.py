@@ -19,7 +19,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, embed_dim)
 
     def forward(self, x: Hidden) -> Hidden:
-        """The network on each position by itself."""
+        """Apply the network to each position by itself; [batch, seq_len, embed_dim]."""
         hidden = self.up_proj(x)
         out: Tensor = self.down_proj(hidden * torch.sigmoid(1.702 * hidden))
         return out
@@ -29,13 +29,15 @@ class ResidualBlock(nn.Module):
     """H + a(H) + b(H): a(H) = dropout(attention(norm(H))), b(H) = dropout(ff(norm(H + a(H)))).
 
     Args:
-        attention: Maps [batch, seq_len, embed_dim] to the same shape; `SelfAttention`, or a module
-            around it.
+        attention: A module that maps [batch, seq_len, embed_dim] to the same shape, such as
+            `SelfAttention` or a wrapper around it.
         embed_dim: Width of the residual stream.
         feed_forward_dim: Width inside the feed-forward network; the paper's is 4 · embed_dim, or
             2 · embed_dim for "half-size".
         dropout: Probability of dropping an entry at the end of either branch, in training.
-        eps: Added to the variance in both layer norms.
+        eps: Constant that both layer norms add to the variance.
+
+    Source: Child et al. 2019, arXiv:1904.10509, section 5.2.
     """
 
     def __init__(
@@ -54,7 +56,12 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Hidden, **attention_arguments: Any) -> Hidden:
-        """One block; the keyword arguments go to the attention."""
+        """Apply the block to x, [batch, seq_len, embed_dim].
+
+        Args:
+            x: The residual stream H.
+            **attention_arguments: Passed on to the attention, such as `cache` or `padding_mask`.
+        """
         h = x + self.dropout(self.attention(self.attention_norm(x), **attention_arguments))
         out: Tensor = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
         return out

@@ -1,4 +1,7 @@
-"""The paper's embeddings: a token, and where it lies in a text or in an image (section 5.3)."""
+"""The paper's embeddings of a token and of its place in a text or in an image.
+
+Source: Child et al. 2019, arXiv:1904.10509, section 5.3.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ PositionIds = Int[Tensor, "#batch seq_len"]
 
 
 class TextEmbedding(nn.Module):
-    """token(x_i) + row(i // stride) + column(i mod stride), three learned tables.
+    """token(x_i) + row(i // stride) + column(i mod stride), from three learned tables.
 
     Args:
         vocab_size: Number of tokens.
         embed_dim: Width of the embedding.
-        max_positions: The longest sequence; its last row may be short.
-        stride: Width of the matrix that positions are laid out in: the pattern's stride.
+        max_positions: Length of the longest sequence; its last row may be short.
+        stride: Width of the matrix that positions are laid out in, the pattern's stride.
     """
 
     def __init__(self, vocab_size: int, embed_dim: int, max_positions: int, stride: int) -> None:
@@ -29,19 +32,24 @@ class TextEmbedding(nn.Module):
         self.column = nn.Embedding(stride, embed_dim)
 
     def positions(self, position_ids: PositionIds) -> Hidden:
-        """The position part alone, for tokens that are embedded already."""
+        """Return row + column alone, to add to tokens that are embedded already."""
         row, column = block_and_offset(position_ids, self.stride)
         embedded: Tensor = self.row(row) + self.column(column)
         return embedded
 
     def forward(self, input_ids: Int[Tensor, "batch seq_len"], position_ids: PositionIds) -> Hidden:
-        """[batch, seq_len, embed_dim]; positions count from 0 and lie below `max_positions`."""
+        """Return the embeddings, [batch, seq_len, embed_dim].
+
+        Args:
+            input_ids: The tokens, in [0, vocab_size).
+            position_ids: Their positions, in [0, max_positions).
+        """
         embedded: Tensor = self.token(input_ids) + self.positions(position_ids)
         return embedded
 
 
 class ImageEmbedding(nn.Module):
-    """token(x_i) + row + column + channel of byte i of an image, four learned tables.
+    """token(x_i) + row + column + channel of byte i of an image, from four learned tables.
 
     Bytes lie row by row, pixel by pixel, channel by channel: byte i is channel i mod C of pixel
     i // C, which lies in column (i // C) mod W of row i // (C · W).
@@ -49,9 +57,9 @@ class ImageEmbedding(nn.Module):
     Args:
         vocab_size: Number of tokens; 256 for bytes.
         embed_dim: Width of the embedding.
-        height: Rows of the image.
-        width: Pixels W of a row.
-        channels: Bytes C of a pixel.
+        height: Number of rows of the image.
+        width: Number W of pixels in a row.
+        channels: Number C of bytes in a pixel.
     """
 
     def __init__(
@@ -66,13 +74,18 @@ class ImageEmbedding(nn.Module):
         self.channel = nn.Embedding(channels, embed_dim)
 
     def positions(self, position_ids: PositionIds) -> Hidden:
-        """The position part alone, for tokens that are embedded already."""
+        """Return row + column + channel alone, to add to tokens that are embedded already."""
         pixel, channel = block_and_offset(position_ids, self.channels)
         row, column = block_and_offset(pixel, self.width)
         embedded: Tensor = self.row(row) + self.column(column) + self.channel(channel)
         return embedded
 
     def forward(self, input_ids: Int[Tensor, "batch seq_len"], position_ids: PositionIds) -> Hidden:
-        """[batch, seq_len, embed_dim]; positions lie in [0, height · width · channels)."""
+        """Return the embeddings, [batch, seq_len, embed_dim].
+
+        Args:
+            input_ids: The tokens, in [0, vocab_size).
+            position_ids: Their positions, in [0, height · width · channels).
+        """
         embedded: Tensor = self.token(input_ids) + self.positions(position_ids)
         return embedded

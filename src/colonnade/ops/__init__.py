@@ -1,5 +1,6 @@
-"""The operation and its backends: validate, plan, choose, run."""
+"""The operations that users call: inputs are checked here, and backends run them."""
 
-from colonnade.ops.attention import Explanation, attention, attention_varlen, backends, explain
+from colonnade.backends.choice import Explanation, backends
+from colonnade.ops.attention import attention, attention_varlen, explain
 
 __all__ = ["Explanation", "attention", "attention_varlen", "backends", "explain"]

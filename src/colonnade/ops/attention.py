@@ -1,22 +1,18 @@
-"""The public operations: validate the inputs, choose a backend, run it.
+"""The public operations: check the inputs, and let the backend that is chosen run them.
 
-The way from here to the arithmetic: `attention` → a backend's `attend` (which makes the plan) → its
-kernel.
+The way from here to the arithmetic: `attention` → `choice.run` → a backend's `attend`, which makes
+the plan and calls its kernel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, overload
 
-from torch import Tensor
-
-from colonnade.backends import native, reference
-from colonnade.backends.eager import fixed as eager
-from colonnade.backends.tracing.autocast import cast_as_autocast_would, without_autocast
-from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_request
-from colonnade.backends.call import Request
-from colonnade.pattern import FixedPattern, HasMask
+from colonnade.backends.call import Packed
+from colonnade.backends.choice import Explanation, explain_call, run
+from colonnade.backends.tracing.autocast import cast_as_autocast_would
+from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_call
+from colonnade.pattern import HasMask
 from colonnade.shapes import (
     CuSeqlens,
     Key,
@@ -32,29 +28,30 @@ from colonnade.shapes import (
 )
 
 
-@runtime_checkable
-class Backend(Protocol):
-    """What a module in this folder offers to be a backend."""
-
-    def unusable(self, build: bool = True) -> str | None:
-        """Why it runs nothing in this process, as a clause after its name; None if it runs.
-
-        What has to be built first is built, unless told not to `build`.
-        """
-
-    def declines(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> str | None:
-        """Why it does not take these inputs, as a clause after its name; None if it does."""
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, request: Request
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output and log-sum-exp; None in its place only where nobody asked for it."""
-
-
-BACKENDS: dict[str, Backend] = {"native": native, "eager": eager, "reference": reference}
-"""In the order in which "auto" tries them."""
-
-
+@overload
+def attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    pattern: HasMask,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Output: ...
+@overload
+def attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    pattern: HasMask,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Output, LogSumExp]: ...
 def attention(
     query: Query,
     key: Key,
@@ -102,14 +99,40 @@ def attention(
     """
     query, key, value = cast_as_autocast_would(query, key, value)
     check_tensors(query, key, value)
-    request = make_request(query, pattern, scale, dropout_p, return_lse)
-    out, lse = _run(query, key, value, request, backend)
+    call = make_call(query, pattern, scale, dropout_p, return_lse)
+    out, lse = run(query, key, value, call, backend)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
 
 
+@overload
+def attention_varlen(
+    query: PackedQuery,
+    key: PackedKey,
+    value: PackedValue,
+    cu_seqlens: CuSeqlens,
+    pattern: HasMask,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> PackedOutput: ...
+@overload
+def attention_varlen(
+    query: PackedQuery,
+    key: PackedKey,
+    value: PackedValue,
+    cu_seqlens: CuSeqlens,
+    pattern: HasMask,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[PackedOutput, PackedLogSumExp]: ...
 def attention_varlen(
     query: PackedQuery,
     key: PackedKey,
@@ -151,9 +174,9 @@ def attention_varlen(
     query, key, value = cast_as_autocast_would(query, key, value)
     check_packed_tensors(query, key, value)
     check_cu_seqlens(cu_seqlens)
-    request = make_request(query, pattern, scale, dropout_p, return_lse, cu_seqlens)
+    call = make_call(query, pattern, scale, dropout_p, return_lse, Packed(cu_seqlens))
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    out, lse = _run(q, k, v, request, backend)
+    out, lse = run(q, k, v, call, backend)
     # squeeze, for the gradient of out[0] would be a copy into zeros.
     out = out.squeeze(0).transpose(0, 1)
     if not return_lse:
@@ -162,95 +185,12 @@ def attention_varlen(
     return out, lse.squeeze(0)
 
 
-def attention_reduced(
-    query: Query,
-    key: Key,
-    value: Value,
-    pattern: FixedPattern,
-    reduced: int,
-    *,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    backend: str = "auto",
-) -> Output:
-    """`attention` over keys that hold, of the first `reduced` blocks, only the summaries.
-
-    What a cache keeps: kv_len = reduced · summary + the positions from reduced · stride on, and
-    the queries are the last of them. Each key head has the summaries of its own sub-block.
-    """
-    assert pattern.causal
-    assert pattern.part != "local"
-    assert query.shape[2] <= key.shape[2] - reduced * pattern.summary
-    query, key, value = cast_as_autocast_would(query, key, value)
-    check_tensors(query, key, value)
-    request = make_request(query, pattern, scale, dropout_p, False, reduced=reduced)
-    return _run(query, key, value, request, backend)[0]
-
-
-def _run(
-    query: Query, key: Key, value: Value, request: Request, backend: str
-) -> tuple[Output, LogSumExp | None]:
-    chosen = BACKENDS[_choose(query, key, value, request, backend)]
-    # Inside, float32 means float32: autocast would run the products in half precision after all.
-    with without_autocast(query.device.type):
-        return chosen.attend(query, key, value, request)
-
-
-def backends(build: bool = True) -> dict[str, str | None]:
-    """Each backend by name, with the reason why it is not usable here; None: it is.
-
-    Args:
-        build: Whether "native" is compiled if it never was. Only then it is known for sure.
-    """
-    return {name: BACKENDS[name].unusable(build) for name in sorted(BACKENDS)}
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend "auto" takes for some inputs.
-
-    Attributes:
-        backend: The one that runs.
-        others: Each other backend, and why it does not run.
-    """
-
-    backend: str
-    others: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"{name} does not run: {why}." for name, why in self.others.items()]
-        return "\n".join([f"{self.backend} runs.", *lines])
-
-
 def explain(query: Query, key: Key, value: Value, pattern: HasMask) -> Explanation:
-    """Which backend `attention` takes for these inputs, and why not each other one.
+    """Say which backend `attention` takes for these inputs, and why not each other one.
 
     Raises:
         TypeError, ValueError: As `attention` for the same inputs.
     """
     query, key, value = cast_as_autocast_would(query, key, value)
     check_tensors(query, key, value)
-    request = make_request(query, pattern)
-    chosen = _choose(query, key, value, request, "auto")
-    others = {}
-    for name, backend in BACKENDS.items():
-        if name != chosen:
-            why = backend.declines(query, key, value, request)
-            others[name] = f"it {why}" if why else f"{chosen} comes first and takes these inputs"
-    return Explanation(chosen, others)
-
-
-def _choose(query: Tensor, key: Tensor, value: Tensor, request: Request, backend: str) -> str:
-    """The name of the backend that runs: the one asked for, or the first that takes the inputs."""
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a str, got backend={backend!r}.")
-    if backend != "auto" and backend not in BACKENDS:
-        names = ["auto", *sorted(BACKENDS)]
-        raise ValueError(f"backend must be one of {names}, got backend={backend!r}.")
-    takes = (n for n, b in BACKENDS.items() if b.declines(query, key, value, request) is None)
-    if backend == "auto":
-        return next(takes)
-    why_not = BACKENDS[backend].declines(query, key, value, request)
-    if why_not is not None:
-        raise NotImplementedError(f"backend {backend!r} {why_not}. Use backend={next(takes)!r}.")
-    return backend
+    return explain_call(query, key, value, make_call(query, pattern))

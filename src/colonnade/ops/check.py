@@ -1,4 +1,4 @@
-"""What a caller may get wrong: each mistake is met here, with its rule and its values."""
+"""Checks of the arguments: each mistake is met here, with its rule and its values."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import sys
 import torch
 from torch import Tensor
 
+from colonnade.backends.call import Call, Keys, Whole
 from colonnade.backends.tracing.autocast import AUTOCAST_DTYPES
-from colonnade.backends.call import Request
 from colonnade.pattern import HasMask, Pattern
 
 DTYPES = (torch.float64, *AUTOCAST_DTYPES)
+WHOLE = Whole()
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse anything but [batch, heads, seq, head_dim] tensors that fit together."""
-    _check_kinds(query, key, value, "[batch, heads, seq, head_dim]")
-    batch, heads, q_len, qk_dim = query.shape
-    kv_heads, kv_len, v_dim = value.shape[1:]
-    fit = key.shape == (batch, kv_heads, kv_len, qk_dim) and value.shape[0] == batch
-    _check_fit(query, key, value, fit, "batch", heads, kv_heads, qk_dim, v_dim)
-    if q_len > kv_len:
+    _check_together(query, key, value, "[batch, heads, seq, head_dim]")
+    if query.shape[2] > key.shape[2]:
         raise ValueError(
             "query must not be longer than key: its rows are the last positions of the sequence; "
             f"got {_of('shape', query, key, value)}."
@@ -31,14 +28,11 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def check_packed_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse anything but [total, heads, head_dim] tensors that fit together."""
-    _check_kinds(query, key, value, "[total, heads, head_dim]")
-    total, heads, qk_dim = query.shape
-    kv_heads, v_dim = value.shape[1:]
-    fit = key.shape == (total, kv_heads, qk_dim) and value.shape[0] == total
-    _check_fit(query, key, value, fit, "length", heads, kv_heads, qk_dim, v_dim)
+    _check_together(query, key, value, "[total, heads, head_dim]")
 
 
-def _check_kinds(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+def _check_together(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+    """Refuse what is true of no layout; heads are its second axis, and widths the last one."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}.")
@@ -56,35 +50,27 @@ def _check_kinds(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None
         raise ValueError(
             f"query, key and value must be on one device, got {_of('device', query, key, value)}."
         )
-
-
-def _check_fit(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    fit: bool,
-    shared: str,
-    heads: int,
-    kv_heads: int,
-    qk_dim: int,
-    v_dim: int,
-) -> None:
-    if not fit:
+    fit = query.shape[0] == key.shape[0] and query.shape[-1] == key.shape[-1]
+    if not fit or key.shape[:-1] != value.shape[:-1]:
+        shared = "batch" if query.dim() == 4 else "length"
         raise ValueError(
             f"query, key and value must agree in {shared}, query and key in head width, "
             f"key and value in heads and length; got {_of('shape', query, key, value)}."
         )
-    if kv_heads == 0 or heads == 0 or heads % kv_heads != 0:
+    if 0 in (query.shape[1], key.shape[1]) or query.shape[1] % key.shape[1] != 0:
         raise ValueError(
             "query's heads must be a multiple of key's, at least 1; "
             f"got {_of('shape', query, key, value)}."
         )
-    if qk_dim == 0 or v_dim == 0:
+    if 0 in (key.shape[-1], value.shape[-1]):
         raise ValueError(f"head widths must be at least 1, got {_of('shape', query, key, value)}.")
 
 
 def _of(attribute: str, query: Tensor, key: Tensor, value: Tensor) -> str:
-    """Only on the way to an error: a compiler would take a printed length for a constant."""
+    """Print an attribute of all three, only on the way to an error.
+
+    A compiler would take a printed length for a constant.
+    """
     found = [getattr(tensor, attribute) for tensor in (query, key, value)]
     if attribute == "shape":
         found = [tuple(shape) for shape in found]
@@ -95,7 +81,7 @@ def _of(attribute: str, query: Tensor, key: Tensor, value: Tensor) -> str:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    """Refuse anything but a row of integers; what they say is checked by `document_lengths`."""
+    """Refuse anything but a row of integers; `documents_of` checks the numbers in it."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got a {type(cu_seqlens).__name__}.")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -108,16 +94,29 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> None:
         )
 
 
-def make_request(
+def check_padding(padding_mask: Tensor | None, name: str, shape: tuple[int, int]) -> None:
+    """Refuse anything but None and a bool mask [batch, seq_len] of the tensor of that name."""
+    if padding_mask is None:
+        return
+    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
+        found = getattr(padding_mask, "dtype", type(padding_mask).__name__)
+        raise TypeError(f"padding_mask must be a bool tensor, True at tokens, got {found}.")
+    if padding_mask.shape != shape:
+        raise ValueError(
+            f"padding_mask must be [batch, seq_len] of {name}, here {tuple(shape)}, got "
+            f"padding_mask.shape={tuple(padding_mask.shape)}."
+        )
+
+
+def make_call(
     query: Tensor,
     pattern: HasMask,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = True,
-    cu_seqlens: Tensor | None = None,
-    reduced: int = 0,
-) -> Request:
-    """The options of a call, checked, and the scale filled in."""
+    keys: Keys = WHOLE,
+) -> Call:
+    """Check the options of a call, and fill in the scale."""
     # A Protocol asks for every method by name: slow, so what everybody passes goes first.
     if not isinstance(pattern, Pattern) and (
         isinstance(pattern, type) or not isinstance(pattern, HasMask)
@@ -131,7 +130,7 @@ def make_request(
         scale = 1 / math.sqrt(query.shape[-1])
     check_finite("scale", scale)
     check_probability("dropout_p", dropout_p)
-    return Request(pattern, float(scale), float(dropout_p), return_lse, cu_seqlens, reduced)
+    return Call(pattern, float(scale), float(dropout_p), return_lse, keys)
 
 
 def check_finite(name: str, number: float) -> None:

@@ -1,9 +1,9 @@
-"""One attention whose heads may read different patterns, over plain, padded or packed batches."""
+"""Attention whose heads may read different patterns, over plain, padded or packed batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,10 +14,57 @@ from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Query, Value
 
 Patterns: TypeAlias = Pattern | tuple[Pattern, ...]
-"""One pattern for all heads, or one for each of several runs of key heads."""
+"""One pattern for all heads, or one for each of several head groups."""
 
 
-def attend(
+class HeadGroup(NamedTuple):
+    """Key heads first … stop - 1, which read one pattern."""
+
+    pattern: Pattern
+    first: int
+    stop: int
+
+    def of(self, tensor: Tensor, num_kv_heads: int) -> Tensor:
+        """Take the group's key heads of [batch, heads, …], or the query heads that read them."""
+        each = tensor.shape[1] // num_kv_heads
+        return tensor[:, self.first * each : self.stop * each]
+
+
+def head_groups(patterns: Patterns, num_kv_heads: int) -> Iterator[HeadGroup]:
+    """Split the key heads into one group for each pattern; the first ones are longer by one."""
+    if not isinstance(patterns, tuple):
+        patterns = (patterns,)
+    each, longer = divmod(num_kv_heads, len(patterns))
+    first = 0
+    for index, pattern in enumerate(patterns):
+        stop = first + each + (index < longer)
+        yield HeadGroup(pattern, first, stop)
+        first = stop
+
+
+def in_head_groups(
+    attend: Callable[[Pattern, Query, Key, Value], Tensor],
+    patterns: Patterns,
+    query: Query,
+    key: Key,
+    value: Value,
+) -> Output:
+    """Call `attend` for each head group by itself, and put the results together."""
+    kv_heads = key.shape[1]
+    return join_heads(
+        [
+            attend(group.pattern, *(group.of(t, kv_heads) for t in (query, key, value)))
+            for group in head_groups(patterns, kv_heads)
+        ]
+    )
+
+
+def join_heads(parts: Sequence[Tensor]) -> Tensor:
+    """Put the results of head groups together: [batch, heads, …]."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def attention_in_groups(
     query: Query,
     key: Key,
     value: Value,
@@ -25,30 +72,27 @@ def attend(
     packing: Packing | None = None,
     **options: Any,
 ) -> Output:
-    """`attention`, or under a packing `attention_varlen`, for each run of heads by its pattern.
+    """`attention`, or under a packing `attention_varlen`, for each head group by its pattern.
 
     Args:
         query: [batch, heads, q_len, qk_dim].
         key: [batch, kv_heads, kv_len, qk_dim].
         value: [batch, kv_heads, kv_len, v_dim].
-        patterns: What `check_patterns` lets pass.
+        patterns: Anything that `check_patterns` lets pass.
         packing: Which tokens there are, and which belong together; 0 comes out where there is none.
         **options: To the operation: scale, dropout_p, backend.
     """
-    outs = []
-    for pattern, first, stop in runs_of_heads(patterns, key.shape[1]):
-        group = query.shape[1] // key.shape[1]
-        q, k, v = query[:, first * group : stop * group], key[:, first:stop], value[:, first:stop]
+
+    def attend(pattern: Pattern, query: Query, key: Key, value: Value) -> Output:
+        out: Tensor
         if packing is None:
-            out = attention(q, k, v, pattern, **options)
-        else:
-            q, k, v = (packing.pack(t.transpose(1, 2)) for t in (q, k, v))
-            out = attention_varlen(q, k, v, packing.cu_seqlens, pattern, **options)
-            assert isinstance(out, Tensor)
-            out = packing.unpack(out).transpose(1, 2)
-        assert isinstance(out, Tensor)
-        outs.append(out)
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+            out = attention(query, key, value, pattern, **options)
+            return out
+        q, k, v = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))
+        out = attention_varlen(q, k, v, packing.cu_seqlens, pattern, **options)
+        return packing.unpack(out).transpose(1, 2)
+
+    return in_head_groups(attend, patterns, query, key, value)
 
 
 def check_patterns(patterns: Patterns, num_kv_heads: int) -> None:
@@ -63,15 +107,3 @@ def check_patterns(patterns: Patterns, num_kv_heads: int) -> None:
             "a tuple of patterns needs a key head for each, got "
             f"len(pattern)={len(patterns)} and num_kv_heads={num_kv_heads}."
         )
-
-
-def runs_of_heads(patterns: Patterns, num_kv_heads: int) -> Iterator[tuple[Pattern, int, int]]:
-    """Each pattern with its key heads first … stop - 1; the first runs are longer by one."""
-    if not isinstance(patterns, tuple):
-        patterns = (patterns,)
-    each, longer = divmod(num_kv_heads, len(patterns))
-    first = 0
-    for index, pattern in enumerate(patterns):
-        stop = first + each + (index < longer)
-        yield pattern, first, stop
-        first = stop

@@ -1,157 +1,169 @@
-"""Attention of new queries over the entries that a cache keeps: [slots | tail].
+"""Attention of new queries over what a cache keeps: [slots | tail].
 
-A single query of a decoder reads a run of them that has no gap, in nearly all cases: attention
-over a part of the buffer, in C++ where that runs, else by PyTorch. Chunks go through the plan.
+A decoder's one query reads entries without a gap in nearly all cases, and else those under a mask:
+keys that are `Seen`. Chunks of queries go through the plan, over keys that are `Kept`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from colonnade.backends import native
-from colonnade.ops.attention import attention, attention_reduced
-from colonnade.backends.tracing.autocast import cast_as_autocast_would, without_autocast
-from colonnade.pattern import FixedPattern, Pattern
-from colonnade.plan.kept import last_reads, last_span, num_slots
-from colonnade.plan.lines import num_blocks
-from colonnade.shapes import Key, Output, Query, Value
-
-HALF = (torch.bfloat16, torch.float16)
-ROWS = 4
-"""A product with one row in half precision takes PyTorch's CPU kernel 2.5 times as long as this."""
+from colonnade.backends.call import Call, Kept, Seen
+from colonnade.backends.choice import run
+from colonnade.ops.heads import HeadGroup, join_heads
+from colonnade.pattern import Pattern
+from colonnade.plan.kept import RowGroup, last_reads
+from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
 
 
-def attend_held(
+class KeptHeads(NamedTuple):
+    """One head group, with what is kept of each batch row, and its number of entries."""
+
+    heads: HeadGroup
+    rows: list[RowGroup]
+    """The queries are the new positions of these batch rows."""
+    width: int
+
+
+class Layout(NamedTuple):
+    """The way in which the queries of the positions that came last read entries."""
+
+    groups: list[KeptHeads]
+    is_token: Bool[Tensor, "batch q_len"] | None
+    """False at queries that are padding; None: all are tokens."""
+
+
+def attend_kept(
     query: Query,
-    key: Key,
-    value: Value,
-    pattern: Pattern,
-    seq_len: int,
-    begin: int,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Output:
-    """The last queries of `seq_len` positions, of which all rows keep the same.
+    entries: Sequence[tuple[Tensor, Tensor]],
+    layout: Layout,
+    call: Call,
+    backend: str = "auto",
+) -> tuple[Output, LogSumExp | None]:
+    """Attend with the queries of the positions that came last, over what is kept.
+
+    A query that is no token, or that reads nothing, gives 0 and a log-sum-exp of -inf.
 
     Args:
         query: [batch, heads, q_len, qk_dim].
-        key: [batch, kv_heads, kept, qk_dim]: the summaries of the blocks before position `begin`,
-            then all positions from there on.
-        value: [batch, kv_heads, kept, v_dim].
-        pattern: Causal.
-        seq_len: Positions, the queries included.
-        begin: Where the tail begins.
-        scale: Factor on the scores; 1/sqrt(qk_dim) if None.
-        dropout_p: Share of the weights that is dropped.
+        entries: (keys, values) of each head group, [batch, kv_heads of the group, kept, …]: the
+            summaries of the blocks before a batch row's tail, then the tail; finite numbers behind
+            the entries of shorter rows.
+        layout: Of the entries.
+        call: The options; each head group reads its own causal pattern.
+        backend: "auto", or the backend that has to run.
     """
-    if query.shape[2] == 1:
-        span = last_span(pattern, seq_len, begin, key.shape[1])
-        if span is not None:
-            if len(span) < key.shape[2]:
-                key, value = (t[:, :, span.start : span.stop] for t in (key, value))
-            return _attend(query, key, value, scale, dropout_p)
-    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p}
-    if num_slots(pattern, begin) == 0:
-        # Blocks and windows do not notice that positions before the tail are gone.
-        out = attention(query, key, value, pattern, **options)
-        assert isinstance(out, Tensor)
-        return out
-    assert isinstance(pattern, FixedPattern)
-    reduced = num_blocks(begin, pattern.stride)
-    return attention_reduced(query, key, value, pattern, reduced, **options)
+    if len(entries) == 1:
+        (key, value), (kept,) = entries[0], layout.groups
+        return _attend_heads(query, key, value, kept, layout.is_token, call, backend)
+    kv_heads = layout.groups[-1].heads.stop
+    found = [
+        _attend_heads(kept.heads.of(query, kv_heads), *pair, kept, layout.is_token, call, backend)
+        for pair, kept in zip(entries, layout.groups, strict=True)
+    ]
+    lses = [lse for _, lse in found if lse is not None]
+    lse = join_heads(lses) if call.return_lse else None
+    return join_heads([out for out, _ in found]), lse
 
 
-def attend_last(
+def _attend_heads(
     query: Query,
     key: Key,
     value: Value,
-    pattern: Pattern,
-    seq_lens: list[int],
-    begins: list[int],
-    is_token: Bool[Tensor, " batch"],
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Output:
-    """One query a row, where rows keep different numbers of entries; else as `attend_held`.
+    kept: KeptHeads,
+    is_token: Bool[Tensor, "batch q_len"] | None,
+    call: Call,
+    backend: str,
+) -> tuple[Output, LogSumExp | None]:
+    q_len, rows = query.shape[2], kept.rows
+    if len(rows) == 1 and is_token is None:
+        call, span = kept_call(call, kept.heads.pattern, rows[0], q_len)
+        if span is not None and len(span) < key.shape[2]:
+            key, value = key[:, :, span.start : span.stop], value[:, :, span.start : span.stop]
+        return run(query, key, value, call, backend)
+    if is_token is None:
+        is_token = torch.ones(query.shape[0], q_len, dtype=torch.bool)
+    is_token = is_token.to(query.device)
+    if q_len == 1:
+        mask = _last_mask(kept, query.shape[0], key) & is_token[:, None, None]
+        call = call._replace(pattern=kept.heads.pattern, keys=Seen(mask))
+        return run(query, key, value, call, backend)
+    compute = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=compute)
+    for group in rows:
+        of_group, _ = kept_call(call, kept.heads.pattern, group, q_len)
+        for row in group.rows:
+            q = query[row, None, :, is_token[row]]
+            k, v = (t[row, None, :, : group.width] for t in (key, value))
+            out_of_row, lse_of_row = run(q, k, v, of_group, backend)
+            out[row, :, is_token[row]] = out_of_row[0]
+            if lse_of_row is not None:
+                lse[row, :, is_token[row]] = lse_of_row[0]
+    return out, lse
 
-    A row whose query is no token, or reads nothing, gives 0. What lies behind a row's entries must
-    be finite.
+
+def kept_call(
+    call: Call, pattern: Pattern, group: RowGroup, q_len: int
+) -> tuple[Call, range | None]:
+    """Return the call of the last queries of some batch rows, and the entries that it is over.
+
+    None instead of the entries means all of them.
     """
-    lengths = torch.tensor(seq_lens), torch.tensor(begins)
-    reads = last_reads(pattern, *lengths, key.shape[2], key.shape[1]).to(query.device)
-    reads = reads & is_token[:, None, None]
-    return _attend(query, key, value, scale, dropout_p, reads[:, :, None])
+    if q_len == 1 and group.span is not None:
+        return call._replace(pattern=pattern, keys=Seen(None)), group.span
+    if group.reduced:
+        return call._replace(pattern=pattern, keys=Kept(group.reduced)), None
+    # Blocks and windows do not notice that positions before the tail are gone.
+    return call._replace(pattern=pattern), None
 
 
-def attend_positions(
-    query: Query,
-    key: Key,
-    value: Value,
+def expected_call(
+    call: Call, kept: KeptHeads, is_token: Bool[Tensor, "batch q_len"] | None, q_len: int
+) -> Call:
+    """Return the call that `attend_kept` would make for a head group, but for the mask in it."""
+    if len(kept.rows) == 1 and is_token is None:
+        return kept_call(call, kept.heads.pattern, kept.rows[0], q_len)[0]
+    return call._replace(pattern=kept.heads.pattern, keys=Seen(None) if q_len == 1 else call.keys)
+
+
+def _last_mask(kept: KeptHeads, batch: int, key: Key) -> Bool[Tensor, "batch kv_heads 1 kept"]:
+    """Mark the entries that each batch row's last position reads."""
+    of_row = {row: group for group in kept.rows for row in group.rows}
+    ends, begins = (
+        torch.tensor(numbers, dtype=torch.long)
+        for numbers in (
+            [of_row[row].seq_len + of_row[row].num_new for row in range(batch)],
+            [of_row[row].begin for row in range(batch)],
+        )
+    )
+    mask = last_reads(kept.heads.pattern, ends, begins, key.shape[2], key.shape[1])
+    return mask.to(key.device)[:, :, None]
+
+
+def mask_of_positions(
     pattern: Pattern,
     query_position: Int[Tensor, "batch q_len"],
     key_position: Int[Tensor, "batch kv_len"],
     is_token: Bool[Tensor, "batch kv_len"],
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Output:
-    """Queries over keys whose positions are known as numbers only: dense, under a mask.
+    num_kv_heads: int,
+) -> SeenMask:
+    """Mark the keys that queries read whose positions are known as numbers only.
 
     For a buffer whose size does not say how much of it is filled, where a compiler may not look.
     """
     q, k = query_position[:, :, None], key_position[:, None]
-    of_heads = [pattern.reads(q, k, head) & is_token[:, None] for head in range(key.shape[1])]
-    return _attend(query, key, value, scale, dropout_p, torch.stack(of_heads, 1))
+    of_heads = [pattern.reads(q, k, head) & is_token[:, None] for head in range(num_kv_heads)]
+    return torch.stack(of_heads, 1)
 
 
-def _attend(
-    query: Query,
-    key: Key,
-    value: Value,
-    scale: float | None,
-    dropout_p: float,
-    reads: Bool[Tensor, "batch kv_heads q_len kept"] | None = None,
+def attend_seen(
+    query: Query, key: Key, value: Value, mask: SeenMask, call: Call, backend: str = "auto"
 ) -> Output:
-    """Queries over all keys, or those that they `read`; 0 where there is none."""
-    query, key, value = cast_as_autocast_would(query, key, value)
-    if dropout_p == 0 and native.decodes(query, key, value):
-        return native.decode(query, key, value, None if reads is None else reads[:, :, 0], scale)
-    if key.shape[2] == 0:
-        return query.new_zeros(*query.shape[:3], value.shape[3])
-    if reads is None:
-        return _dense(query, key, value, scale, dropout_p, None)
-    some = reads.any(-1)
-    # A softmax over nothing would be NaN: such a query reads everything, and is set aside.
-    out = _dense(query, key, value, scale, dropout_p, reads | ~some[..., None])
-    group = query.shape[1] // key.shape[1]
-    return out.masked_fill(~some.repeat_interleave(group, 1)[..., None], 0.0)
-
-
-def _dense(
-    query: Query,
-    key: Key,
-    value: Value,
-    scale: float | None,
-    dropout_p: float,
-    reads: Bool[Tensor, "batch kv_heads q_len kept"] | None,
-) -> Output:
-    """PyTorch's attention over all keys, or those that each query `reads`.
-
-    The queries of a group share their keys, and none hides one from another: they are the rows of
-    one product, and no key is repeated.
-    """
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    if reads is not None and reads.shape[2] > 1:  # That of a single query is broadcast.
-        reads = reads[:, :, None].expand(*grouped.shape[:4], -1).flatten(2, 3)
-    rows = grouped.flatten(2, 3)
-    wanted = rows.shape[2]
-    if wanted == 1 and query.dtype in HALF and query.device.type == "cpu":
-        rows = rows.repeat(1, 1, ROWS, 1)
-    with without_autocast(query.device.type):
-        out = scaled_dot_product_attention(rows, key, value, reads, dropout_p, scale=scale)
-    found: Tensor = out[:, :, :wanted].unflatten(2, grouped.shape[2:4])
-    return found.flatten(1, 2)
+    """Attend to the keys that a mask marks; 0 where it marks none."""
+    return run(query, key, value, call._replace(keys=Seen(mask)), backend)[0]

@@ -1,11 +1,12 @@
-"""What a decoder keeps: [slots | tail], the summaries of closed blocks and every position after them.
+"""The entries that a decoder keeps, [slots | tail]: summaries, then all positions after them.
 
 Row b of a batch may have its own `seq_len` and `begin`, the position where its tail begins.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +17,120 @@ from colonnade.shapes import Gather, KeptMask, Positions
 Length = TypeVar("Length", int, Tensor)
 
 
+class Lengths(NamedTuple):
+    """The number of positions of a batch row, and the one where its tail begins."""
+
+    seq_len: int = 0
+    begin: int = 0
+
+
+class RowGroup(NamedTuple):
+    """Batch rows with equal lengths and number of new positions, so that one slice serves all."""
+
+    rows: list[int]
+    all_rows: bool
+    seq_len: int
+    """Positions before the new ones."""
+    begin: int
+    """Where the tail begins."""
+    num_new: int
+    """New positions."""
+    num_kept: int
+    """Entries before the new ones."""
+    reduced: int
+    """Number of leading blocks of which only the summaries are kept, and some are."""
+    span: range | None
+    """The entries that one new position reads, where they have no gap and all heads share them."""
+
+    @property
+    def width(self) -> int:
+        """Entries with the new ones."""
+        return self.num_kept + self.num_new
+
+    @property
+    def pick(self) -> slice | list[int]:
+        """Index that picks these rows out of a batch; all of them without a copy."""
+        return slice(None) if self.all_rows else self.rows
+
+
+class Step(NamedTuple):
+    """The change that new positions make to what is kept; see `next_step`."""
+
+    evicts: bool
+    """Whether entries that no later position reads have to go first."""
+    fits: bool
+    """Whether the tails then have room for the new positions."""
+    groups: list[RowGroup]
+    """The batch rows as they are then."""
+    width: int
+    """Entries of the longest batch row, the new ones included."""
+    rows: list[Lengths]
+    """The lengths with the new positions, before anything more is evicted."""
+
+
+def next_step(
+    pattern: Pattern,
+    rows: Sequence[Lengths],
+    counts: Sequence[int],
+    num_kv_heads: int,
+    evicting: bool,
+) -> Step:
+    """Work out what happens when counts[b] positions are appended to batch row b.
+
+    Entries go when a tail has no room for the next ones, not when a block closes: the last query
+    of a block still reads it. Nothing goes unless `evicting`.
+    """
+    room = tail_room(pattern) if evicting else None
+    evicts = room is not None and _longest_tail(rows, counts) > room
+    if evicts:
+        rows = [evicted(pattern, row) for row in rows]
+    fits = room is None or not evicts or _longest_tail(rows, counts) <= room
+    groups = grouped(pattern, rows, counts, num_kv_heads)
+    width = max((group.width for group in groups), default=0)
+    after = [Lengths(row.seq_len + n, row.begin) for row, n in zip(rows, counts, strict=True)]
+    return Step(evicts, fits, groups, width, after)
+
+
+def _longest_tail(rows: Sequence[Lengths], counts: Sequence[int]) -> int:
+    tails = (row.seq_len + n - row.begin for row, n in zip(rows, counts, strict=True))
+    return max(tails, default=0)
+
+
+def grouped(
+    pattern: Pattern, rows: Sequence[Lengths], counts: Sequence[int], num_kv_heads: int
+) -> list[RowGroup]:
+    """Put batch rows together that are alike."""
+    indices: dict[tuple[int, int, int], list[int]] = {}
+    for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        indices.setdefault((row.seq_len, row.begin, count), []).append(index)
+    groups = []
+    for (seq_len, begin, count), of_group in indices.items():
+        slots = num_slots(pattern, begin)
+        span = last_span(pattern, seq_len + 1, begin, num_kv_heads) if count == 1 else None
+        groups.append(
+            RowGroup(
+                of_group,
+                len(indices) == 1,
+                seq_len,
+                begin,
+                count,
+                num_kept=slots + seq_len - begin,
+                reduced=num_reduced(pattern, begin),
+                span=span,
+            )
+        )
+    return groups
+
+
+def evicted(pattern: Pattern, row: Lengths) -> Lengths:
+    """The lengths of a batch row once everything is gone that no later position reads."""
+    return Lengths(row.seq_len, max(kept_begin(pattern, row.seq_len), row.begin))
+
+
 def kept_begin(pattern: Pattern, seq_len: int) -> int:
     """The first position that has to be kept whatever it is, after `seq_len` positions.
 
-    That of the open block, or of the window; strided and full patterns keep everything.
+    It is that of the open block, or of the window; strided and full patterns keep everything.
     """
     if isinstance(pattern, FixedPattern):
         return seq_len // pattern.stride * pattern.stride
@@ -27,24 +138,50 @@ def kept_begin(pattern: Pattern, seq_len: int) -> int:
 
 
 def num_slots(pattern: Pattern, begin: Length) -> Length:
-    """The summaries that each key head keeps of the blocks before position `begin`."""
+    """The number of summaries that each key head keeps of the blocks before position `begin`."""
+    summary = pattern.summary if isinstance(pattern, FixedPattern) else 0
+    return num_reduced(pattern, begin) * summary
+
+
+def num_reduced(pattern: Pattern, begin: Length) -> Length:
+    """The number of blocks before position `begin` of which a key head keeps the summaries only."""
     if isinstance(pattern, FixedPattern) and pattern.part != "local":
-        return begin // pattern.stride * pattern.summary
+        return begin // pattern.stride
     return begin * 0
 
 
-def tail_room(pattern: Pattern) -> int | None:
-    """How long a tail becomes before something of it can go; None: nothing ever can.
+def num_kept(pattern: Pattern, seq_len: int, begin: int) -> int:
+    """The number of entries that each key head keeps of a batch row."""
+    return num_slots(pattern, begin) + seq_len - begin
 
-    Twice a window, so that what is left of one is moved once in as many tokens.
+
+def tail_room(pattern: Pattern) -> int | None:
+    """Tail length at which entries can first be evicted, or None if the pattern never evicts.
+
+    For a window it is twice the window, so that what is left of one is moved once in as many
+    tokens.
     """
     if isinstance(pattern, FixedPattern):
         return pattern.stride
     return 2 * pattern.window if isinstance(pattern, LocalPattern) else None
 
 
+def begin_of_shorter(pattern: Pattern, row: Lengths, seq_len: int) -> int | None:
+    """Return where the tail of a cropped batch row begins; None: entries that it reads are gone."""
+    shorter = kept_begin(pattern, seq_len)
+    if seq_len == 0:
+        return 0
+    if isinstance(pattern, FixedPattern):
+        every_column = num_slots(pattern, row.begin) == row.begin
+        if seq_len >= row.begin or shorter == seq_len or every_column:
+            return min(row.begin, shorter)
+    elif row.begin == 0 or seq_len == row.seq_len or kept_begin(pattern, seq_len + 1) >= row.begin:
+        return row.begin
+    return None
+
+
 def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gather:
-    """Where the summaries of the blocks from `begin` to `end` lie, counted from `begin`."""
+    """Positions of the summaries of the blocks from `begin` to `end`, counted from `begin`."""
     if not isinstance(pattern, FixedPattern) or pattern.part == "local":
         return torch.zeros(num_kv_heads, 0, dtype=torch.long)
     columns = [pattern.summary_columns(head) for head in range(num_kv_heads)]
@@ -53,7 +190,7 @@ def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gath
 
 
 def kept_positions(pattern: FixedPattern, seq_len: int, reduced: int, head: int) -> Positions:
-    """The positions that a key head keeps whose first `reduced` blocks are summaries alone."""
+    """The positions that a key head keeps when its first `reduced` blocks are summaries only."""
     begin = reduced * pattern.stride
     slots = new_slots(pattern, 0, begin, head + 1)[head]
     return torch.cat([slots, torch.arange(begin, seq_len)])
@@ -62,14 +199,14 @@ def kept_positions(pattern: FixedPattern, seq_len: int, reduced: int, head: int)
 def last_reads(
     pattern: Pattern, seq_len: Positions, begin: Positions, width: int, num_kv_heads: int
 ) -> KeptMask:
-    """Which of the first `width` kept entries each row's last position reads.
+    """Mark which of the first `width` entries each batch row's last position reads.
 
     Args:
         pattern: Causal.
         seq_len: [batch]; a row without a position reads nothing.
         begin: [batch]: where each row's tail begins.
-        width: Entries.
-        num_kv_heads: Key heads.
+        width: Number of entries.
+        num_kv_heads: Number of key heads.
     """
     entry = torch.arange(width)
     slots = num_slots(pattern, begin)[:, None]
@@ -79,16 +216,16 @@ def last_reads(
 
 
 def last_span(pattern: Pattern, seq_len: int, begin: int, num_kv_heads: int) -> range | None:
-    """The kept entries that the last position reads, where they are one run, the same for all."""
+    """The entries that the last position reads, where they have no gap and all heads share them."""
     slots = num_slots(pattern, begin)
-    held = slots + seq_len - begin
+    kept = slots + seq_len - begin
     if isinstance(pattern, FullPattern):
-        return range(held)
+        return range(kept)
     if isinstance(pattern, LocalPattern):
-        return range(max(held - pattern.window, 0), held)
+        return range(max(kept - pattern.window, 0), kept)
     if not isinstance(pattern, FixedPattern) or kept_begin(pattern, seq_len - 1) != begin:
         return None
     if pattern.part == "summary":
         first = min(pattern.summary_columns(head).start for head in range(num_kv_heads))
         return range(slots) if seq_len - 1 - begin < first else None
-    return range(held)
+    return range(kept)

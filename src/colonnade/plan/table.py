@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a kernel needs to know.
+    """Everything that a kernel needs to know of a pattern.
 
     Attributes:
         gather: For each key head, the key position that fills each slot.
@@ -79,7 +79,7 @@ def table_rows(table: Table) -> list[Row]:
     return [Row(*line) for line in table.tolist()]
 
 
-def head_groups(pattern: FixedPattern, num_kv_heads: int) -> list[range]:
+def heads_by_plan(pattern: FixedPattern, num_kv_heads: int) -> list[range]:
     """The key heads that one plan serves: all, or bidirectionally those of one sub-block.
 
     A short last block holds different numbers of summaries for different sub-blocks. Where the
@@ -101,8 +101,8 @@ def fixed_plan(
     """The plan of a `FixedPattern` for the last `q_len` of `kv_len` keys.
 
     Rows are the blocks that hold a query; the first row may start mid-block. `heads` is one of
-    `head_groups`. Of the first `reduced` blocks the keys are the summaries alone, and no query lies
-    there.
+    `heads_by_plan`. Of the first `reduced` blocks the keys hold only the summaries, and no query
+    lies there.
     """
     dropped = reduced * (pattern.stride - pattern.summary)
     blocks = num_blocks(kv_len + dropped, pattern.stride)
@@ -123,21 +123,21 @@ def fixed_plan(
 
 def packed_plan(
     pattern: FixedPattern,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | Tensor,
     heads: Sequence[int],
 ) -> Plan:
     """The plan of documents that lie one after the other; blocks restart at every document.
 
     A document's rows point at its own slots. Nothing is padded, and empty documents have no rows.
     """
-    length = torch.tensor(lengths, dtype=torch.long)
+    length = torch.as_tensor(lengths, dtype=torch.long)
     end = length.cumsum(0)
     counts = num_blocks(length, pattern.stride)
     document = torch.arange(len(lengths)).repeat_interleave(counts)
     index = torch.arange(len(document)) - _sums_before(counts)[document]
     rows = _Blocks(index, (end - length)[document], end[document])
     if not pattern.causal:
-        in_document = torch.arange(sum(lengths)) - (end - length).repeat_interleave(length)
+        in_document = torch.arange(int(length.sum())) - (end - length).repeat_interleave(length)
         return _bidirectional_plan(pattern, rows, 0, in_document, heads)
     last = index == counts[document] - 1
     kept = {"merged": ~last, "local": last & ~last, "summary": last | ~last}[pattern.part]

@@ -1,12 +1,11 @@
-"""Any file or folder as one run of bytes, memory-mapped; its split; windows to train on."""
+"""Files as one memory-mapped sequence of bytes, its splits, and windows to train on."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sysconfig
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -23,45 +22,45 @@ SPLITS = {"train": (0.0, 0.90), "validation": (0.90, 0.95), "test": (0.95, 1.0)}
 """Shares of the bytes, in order: 90 / 5 / 5, which for enwik8 is the paper's split."""
 
 IGNORED_LABEL = -100
-"""What PyTorch's cross entropy leaves out."""
+"""Label that PyTorch's cross entropy ignores."""
 
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class Corpus:
-    """Files laid end to end, read as bytes; only what is asked for is mapped into memory.
+    """Files laid end to end and read as bytes; a file is mapped into memory when it is read.
 
     Args:
-        files: The files, in order; empty ones are left out.
-        name: What the corpus is called in messages.
+        files: The files in order; empty ones are left out.
+        name: Name of the corpus in messages.
 
     Raises:
-        ValueError: There is not a single byte.
+        ValueError: The files do not hold a single byte.
         OSError: A file cannot be read.
     """
 
     def __init__(self, files: list[Path], name: str) -> None:
-        sizes = [(file, file.stat().st_size) for file in files]
         self.name = name
-        self._files = [(file, size) for file, size in sizes if size > 0]
+        self._files = [(file, size) for file in files if (size := file.stat().st_size) > 0]
         self._ends = list(accumulate(size for _, size in self._files))
         if not self._files:
             raise ValueError(f"data must hold at least one byte, got {name}, which is empty.")
-        self._map = lru_cache(maxsize=64)(self._open)
-        for index in range(len(self._files)):
-            with self._files[index][0].open("rb"):
-                pass  # An unreadable file should be known now, not in the middle of a run.
+        self._map = lru_cache(maxsize=64)(lambda file: np.memmap(file, np.uint8, mode="r"))
+        for file, _ in self._files:
+            file.open("rb").close()  # Better to fail here than in the middle of a run.
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def read(self, begin: int, end: int) -> Bytes:
-        """Bytes begin … end - 1, across files."""
+        """Read bytes begin … end - 1, across files."""
         assert 0 <= begin <= end <= len(self)
-        return np.concatenate([np.empty(0, np.uint8), *self._pieces(begin, end)])
+        first, last = bisect_right(self._ends, begin), bisect_left(self._ends, end)
+        by_file = (self._read_file(index, begin, end) for index in range(first, last + 1))
+        return np.concatenate([np.empty(0, np.uint8), *by_file])
 
     def split(self, name: str) -> tuple[int, int]:
-        """First byte of a split, and the byte after its last.
+        """Return the first byte of a split, and the byte after its last.
 
         Raises:
             ValueError: An unknown split.
@@ -72,37 +71,29 @@ class Corpus:
         return begin, end
 
     def documents(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """The files, as (first byte, byte after the last), cut to begin … end - 1."""
+        """Return the files as (first byte, byte after the last), cut to begin … end - 1."""
         begins = [0, *self._ends[:-1]]
         cut = ((max(b, begin), min(e, end)) for b, e in zip(begins, self._ends, strict=True))
         return [(b, e) for b, e in cut if b < e]
 
-    def _pieces(self, begin: int, end: int) -> Iterator[Bytes]:
-        while begin < end:
-            index = bisect_right(self._ends, begin)
-            file_begin = self._ends[index] - self._files[index][1]
-            stop = min(end, self._ends[index])
-            yield self._checked(index)[begin - file_begin : stop - file_begin]
-            begin = stop
-
-    def _checked(self, index: int) -> Bytes:
-        # Reading a mapped page that the file no longer has would kill the process.
+    def _read_file(self, index: int, begin: int, end: int) -> Bytes:
+        """Read what one file holds of bytes begin … end - 1 of the corpus."""
         file, size = self._files[index]
+        # Reading a mapped page that the file no longer has would kill the process.
         if file.stat().st_size < size:
             raise ValueError(f"{file} has become shorter while it was in use.")
-        return self._map(index)
-
-    def _open(self, index: int) -> Bytes:
-        return np.memmap(self._files[index][0], dtype=np.uint8, mode="r")
+        before = self._ends[index] - size
+        mapped: Bytes = self._map(file)
+        return mapped[max(begin - before, 0) : min(end - before, size)]
 
 
 def open_corpus(path: Path) -> Corpus:
-    """A file, or all files below a folder in the order of their paths.
+    """Open a file, or all files below a folder in the order of their paths.
 
     Hidden files and folders (a dot in front) are left out, and links to folders are not followed.
 
     Raises:
-        ValueError: Nothing there, nothing in it, or neither a file nor a folder.
+        ValueError: The path does not exist, holds no byte, or is neither a file nor a folder.
     """
     if path.is_file():
         return Corpus([path], str(path))
@@ -113,7 +104,7 @@ def open_corpus(path: Path) -> Corpus:
 
 
 def standard_library() -> Corpus:
-    """The Python standard library's own source text, without its tests: real text, always there.
+    """Open the source of Python's standard library without its tests: real text, always there.
 
     Raises:
         ValueError: This Python came without its source.
@@ -128,14 +119,12 @@ def standard_library() -> Corpus:
 
 
 def _files_below(folder: Path, hidden: bool) -> list[Path]:
-    """Regular files below a folder, sorted by their path from it."""
+    """Return the regular files below a folder, sorted by their path from it."""
     found = []
     for place, folders, files in os.walk(folder):
-        if not hidden:
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files = [name for name in files if not name.startswith(".")]
-        found += [Path(place, name) for name in files]
-    # A pipe or a socket would be waited for until the end of days.
+        folders[:] = [name for name in folders if hidden or not name.startswith(".")]
+        found += [Path(place, name) for name in files if hidden or not name.startswith(".")]
+    # Opening a pipe or a socket could wait forever.
     return sorted(
         (file for file in found if file.is_file()), key=lambda f: f.relative_to(folder).parts
     )
@@ -144,7 +133,7 @@ def _files_below(folder: Path, hidden: bool) -> list[Path]:
 class Windows(Dataset[dict[str, Tensor]]):
     """`num_windows` windows of `context` bytes at random places of a split.
 
-    Window i depends on the seed and i alone, so a run that is resumed sees what it would have seen.
+    Window i depends on the seed and i alone, so a resumed run sees what the unbroken run would.
 
     Raises:
         ValueError: The split is shorter than one window.
@@ -168,9 +157,9 @@ class Windows(Dataset[dict[str, Tensor]]):
         return self.num_windows
 
     def draw(self, index: int) -> int:
-        """Where window `index` begins."""
-        draw = np.random.default_rng((self.seed, index))
-        return int(draw.integers(self.begin, self.end - self.context + 1))
+        """Draw the first byte of window `index`."""
+        generator = np.random.default_rng((self.seed, index))
+        return int(generator.integers(self.begin, self.end - self.context + 1))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         begin = self.draw(index)
@@ -179,12 +168,12 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class PackedWindows(Dataset[dict[str, Tensor]]):
-    """`num_windows` windows of `context` bytes, each file in them a document of its own.
+    """`num_windows` windows of `context` bytes, in which each file is a document.
 
     The files of a split are laid end to end in an order that depends on the seed, and windows are
     cut at random places, so every byte is equally likely. Positions restart at each document (and
-    at the front of the window, which may cut one), and no document's first byte is a label: it is
-    not to be predicted from another's last. Nothing is padded.
+    at the front of the window, which may cut one). The first byte of a document is no label, since
+    it should not be predicted from the last byte of another. Nothing is padded.
 
     Raises:
         ValueError: The split is shorter than one window.
@@ -195,27 +184,23 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
     ) -> None:
         self._windows = Windows(corpus, split, context, num_windows, seed)
         documents = np.array(corpus.documents(*corpus.split(split)))
-        self._documents = np.random.default_rng(seed).permutation(documents)
-        self._ends = (self._documents[:, 1] - self._documents[:, 0]).cumsum()
+        begins, ends = np.random.default_rng(seed).permutation(documents).T
+        self._ends = (ends - begins).cumsum()
+        # Of each document the first byte and the end in the stream, and from there to the corpus.
+        self._stream = np.stack([self._ends - (ends - begins), self._ends, ends - self._ends], 1)
 
     def __len__(self) -> int:
         return len(self._windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        corpus, context = self._windows.corpus, self._windows.context
         begin = self._windows.draw(index) - self._windows.begin
-        document = int(self._ends.searchsorted(begin, side="right"))
-        pieces = []
-        missing = context
-        while missing > 0:
-            _, end = self._documents[document]
-            first = int(end - (self._ends[document] - begin))
-            piece = corpus.read(first, min(int(end), first + missing))
-            pieces.append(piece)
-            missing -= len(piece)
-            begin += len(piece)
-            document += 1
-        input_ids = torch.from_numpy(np.concatenate(pieces)).long()
-        position_ids = torch.cat([torch.arange(len(piece)) for piece in pieces])
+        end = begin + self._windows.context
+        first, last = self._ends.searchsorted([begin, end - 1], side="right")
+        excerpts = [
+            self._windows.corpus.read(shift + max(begin, start), shift + min(end, stop))
+            for start, stop, shift in self._stream[first : last + 1].tolist()
+        ]
+        input_ids = torch.from_numpy(np.concatenate(excerpts)).long()
+        position_ids = torch.cat([torch.arange(len(excerpt)) for excerpt in excerpts])
         labels = input_ids.masked_fill(position_ids == 0, IGNORED_LABEL)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

@@ -1,11 +1,13 @@
-"""Bits per byte: of a model, of count tables, of gzip and xz."""
+"""Bits per byte that a model, count tables, gzip and xz need for the same data."""
 
 from __future__ import annotations
 
+import functools
 import gzip
 import lzma
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +18,8 @@ from transformers import PreTrainedModel
 
 from colonnade.train.data import Bytes, Corpus
 
-CHUNK = 1 << 24
-"""Bytes that a table is counted over at once."""
+COUNTED_AT_ONCE = 1 << 24
+"""Bytes whose counts are added to a table in one pass."""
 
 
 class Window(NamedTuple):
@@ -29,7 +31,7 @@ class Window(NamedTuple):
 
 
 def check_min_context(min_context: int, context: int) -> None:
-    """Refuse a least context that leaves a window nothing to score.
+    """Refuse a minimum context that leaves nothing of a window to score.
 
     Raises:
         ValueError: `min_context` lies outside [0, context).
@@ -42,10 +44,12 @@ def check_min_context(min_context: int, context: int) -> None:
 
 
 def windows(length: int, context: int, min_context: int) -> Iterator[Window]:
-    """Windows that score every byte but the first once, each with at least `min_context` before it.
+    """Yield windows, all of one length, that score every byte but the very first once.
 
-    Every window is `context` long and scores its last context - min_context bytes; the first
-    scores all (paper, section 7.2 and Table 3). The last is moved back to end with the data.
+    Each is `context` long and scores its last context - min_context bytes, so that these have at
+    least `min_context` bytes before them; the first window scores all of its bytes (paper, section
+    7.2 and Table 3). The last is moved back to end with the data, and data shorter than `context`
+    is one window.
     """
     scored = min(context, length)
     yield Window(0, scored, 1)
@@ -63,23 +67,30 @@ def compare(
     batch_size: int,
     progress: Callable[[int], None],
 ) -> dict[str, float]:
-    """Bits per byte of `data` by name: the model, tables of the corpus's training bytes, gzip, xz.
+    """Return bits per byte of `data` by name, for a model and for what it competes with.
 
-    `progress` is called with the number of bytes that were scored since its last call.
+    These are tables that are counted over the training bytes of the corpus, gzip and xz.
+
+    Args:
+        model: A byte model.
+        corpus: The data that the model was trained on.
+        data: Bytes to score.
+        min_context: Number of bytes that every scored byte has before it; see `windows`.
+        batch_size: Number of windows that go through the model at once.
+        progress: Called with the number of bytes that the model has scored since the last call.
     """
-    count, bits = 0, 0.0
     context = model.config.max_position_embeddings
-    for count_now, bits_now in model_bits(model, data, context, min_context, batch_size):
-        count, bits = count + count_now, bits + bits_now
-        progress(count_now)
+    count, bits = 0, 0.0
+    for new_count, new_bits in model_bits(model, data, context, min_context, batch_size):
+        count, bits = count + new_count, bits + new_bits
+        progress(new_count)
     assert count == len(data), "every byte is scored once"
-    tables = {
-        f"order-{order} table of the training bytes": table_bits(corpus, "train", data, order)
-        for order in range(3)
-    }
     return {
         f"model, min context {min_context}": bits / count,
-        **tables,
+        **{
+            f"order-{order} table of the training bytes": table_bits(corpus, "train", data, order)
+            for order in range(3)
+        },
         **compressor_bits(data),
     }
 
@@ -87,30 +98,21 @@ def compare(
 def model_bits(
     model: PreTrainedModel, data: Bytes, context: int, min_context: int, batch_size: int
 ) -> Iterator[tuple[int, float]]:
-    """(bytes, bits) of one batch of windows after another, over all of `data`.
+    """Yield (bytes, bits) for one batch of windows after another, over all of `data`.
 
-    The very first byte has nothing before it, and costs 8 bits.
+    The very first byte has nothing before it and costs 8 bits.
     """
     yield 1, 8.0
-    batch: list[Window] = []
-    for window in windows(len(data), context, min_context):
-        if batch and (len(batch) == batch_size or _size(window) != _size(batch[0])):
-            yield _score(model, data, batch)
-            batch = []
-        batch.append(window)
-    yield _score(model, data, batch)
-
-
-def _size(window: Window) -> int:
-    return window.end - window.begin
+    left = windows(len(data), context, min_context)
+    while batch := list(islice(left, batch_size)):
+        yield _score(model, data, batch)
 
 
 @torch.inference_mode()
 def _score(model: PreTrainedModel, data: Bytes, batch: list[Window]) -> tuple[int, float]:
-    if _size(batch[0]) < 2:
-        return 0, 0.0
-    tokens = torch.from_numpy(np.stack([data[w.begin : w.end] for w in batch])).long()
-    tokens = tokens.to(model.device)
+    """Return the number of bytes that a batch of windows scores, and their bits."""
+    text = np.stack([data[w.begin : w.end] for w in batch])
+    tokens = torch.from_numpy(text).long().to(model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     nats: Tensor = functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
     position = torch.arange(1, tokens.shape[1])
@@ -119,35 +121,32 @@ def _score(model: PreTrainedModel, data: Bytes, batch: list[Window]) -> tuple[in
 
 
 def table_bits(corpus: Corpus, split: str, data: Bytes, order: int) -> float:
-    """Bits per byte of p(b | the `order` bytes before) counted over a split of the corpus.
+    """Return bits per byte of p(b | the `order` bytes before), counted over a split of the corpus.
 
     p(b | s) = (count(s, b) + 1/256) / (count(s) + 1): one byte's worth of doubt, spread evenly.
-    The first `order` bytes of `data` have no s, and cost 8 bits each.
+    The first `order` bytes of `data` have no s and cost 8 bits each.
     """
     counts = np.zeros(256 ** (order + 1), np.int64)
     begin, end = corpus.split(split)
-    for start in range(begin, end, CHUNK):
-        read = corpus.read(max(start - order, begin), min(start + CHUNK, end))
+    for start in range(begin, end, COUNTED_AT_ONCE):
+        read = corpus.read(max(start - order, begin), min(start + COUNTED_AT_ONCE, end))
         counts += np.bincount(_codes(read, order), minlength=len(counts))
     table = counts.reshape(-1, 256)
     totals = table.sum(1)
     codes = _codes(data, order)
-    doubt = 1 / 256
-    bits = np.log2(totals[codes // 256] + 1.0) - np.log2(counts[codes] + doubt)
+    bits = np.log2(totals[codes // 256] + 1.0) - np.log2(counts[codes] + 1 / 256)
     return float((bits.sum() + 8 * (len(data) - len(codes))) / len(data))
 
 
 def _codes(data: Bytes, order: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Each run of order + 1 bytes as one number, the last byte lowest."""
+    """Encode every order + 1 consecutive bytes as one number, the last byte lowest."""
     length = max(len(data) - order, 0)
-    codes = np.zeros(length, np.int64)
-    for offset in range(order + 1):
-        codes = codes * 256 + data[offset : offset + length]
-    return codes
+    digits = [data[at : at + length].astype(np.int64) for at in range(order + 1)]
+    return functools.reduce(lambda high, low: 256 * high + low, digits)
 
 
 def compressor_bits(data: Bytes) -> dict[str, float]:
-    """Bits per byte of `gzip -9` and `xz -9` for the same bytes."""
+    """Return bits per byte of `gzip -9` and `xz -9`."""
     raw = data.tobytes()
     sizes = {
         "gzip -9": len(gzip.compress(raw, 9, mtime=0)),

@@ -1,6 +1,6 @@
-"""Optimizers of a run: AdamW as in the paper, or Muon for the matrices beside AdamW for the rest.
+"""Optimizers of a run: AdamW as in the paper, or Muon for the matrices and AdamW for the rest.
 
-Both are torch's own. Muon orthogonalises the update of each matrix, and in short runs needs far
+Both are PyTorch's own. Muon orthogonalises the update of each matrix, and in short runs needs far
 fewer steps than AdamW (the figures are in docs/training.md).
 """
 
@@ -20,7 +20,7 @@ NAMES = ("adamw", "muon")
 def make_optimizer(
     model: nn.Module, name: str, learning_rate: float, weight_decay: float
 ) -> Optimizer:
-    """The optimizer `name` over all of a model's parameters.
+    """Make the optimizer `name` for all parameters of a model.
 
     With "muon" the matrices of the residual blocks get Muon, scaled so that its updates are as
     large as AdamW's; embeddings, output head, biases and norms get AdamW. Weight decay is
@@ -42,7 +42,7 @@ def make_optimizer(
     muon = Muon(
         matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return Together(muon, _adamw(others, vectors, learning_rate, weight_decay))
+    return CombinedOptimizer(muon, _adamw(others, vectors, learning_rate, weight_decay))
 
 
 def _adamw(
@@ -58,30 +58,34 @@ def _adamw(
     return AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers as one, for a schedule and a Trainer that know only one.
 
-    The parameter groups are the parts' own, so a schedule that sets a group's rate sets theirs.
+    The parameter groups are those of the members, so a schedule that sets a group's rate sets it
+    for the member too.
     """
 
-    def __init__(self, *parts: Optimizer) -> None:
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
+    def __init__(self, *members: Optimizer) -> None:
+        self.members = members
+        super().__init__(self._groups(), {})
 
-    # The base class has an overload for closures, which no part of a run uses.
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for member in self.members for group in member.param_groups]
+
+    # The base class has an overload for closures, which no run uses.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of every part; a closure is not supported."""
-        assert closure is None, "no part of a run passes a closure"
-        for part in self.parts:
-            part.step()
+        """Take one step with every member; a closure is not supported."""
+        assert closure is None, "no run passes a closure"
+        for member in self.members:
+            member.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' states, in order."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """Return the states of the members, in order."""
+        return {"parts": [member.state_dict() for member in self.members]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore every part; their groups are new objects afterwards."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        """Restore every member; the parameter groups are new objects afterwards."""
+        for member, state in zip(self.members, state_dict["parts"], strict=True):
+            member.load_state_dict(state)
+        self.param_groups = self._groups()

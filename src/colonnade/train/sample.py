@@ -1,4 +1,4 @@
-"""Continue bytes with a trained model: each as soon as it is drawn, and past its last position."""
+"""Continue bytes with a trained model: one as soon as it is drawn, and past the last position."""
 
 from __future__ import annotations
 
@@ -17,46 +17,48 @@ from colonnade.hf import FixedCache
 
 @dataclass
 class Report:
-    """What continuing took.
+    """Time and memory that continuing took.
 
     Attributes:
-        prompt_seconds: Until the first byte was there, windows after the first one included.
-        seconds: From each window's first new byte to its last.
-        num_bytes: Written in these seconds.
-        cached: Positions that the last window's cache had seen.
-        stored: Entries that each key head kept of them.
-        cache_bytes: Allocated for the cache.
+        prompt_seconds: Time to the first new byte, summed over all windows.
+        seconds: Time from the first new byte to the last, summed over all windows.
+        num_bytes: Number of bytes that were written in `seconds`.
+        seen: Number of positions that the cache of the last window had seen.
+        kept: Number of entries that each key head kept of them.
+        cache_bytes: Size of the cache in bytes.
     """
 
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     num_bytes: int = 0
-    cached: int = 0
-    stored: int = 0
+    seen: int = 0
+    kept: int = 0
     cache_bytes: int = 0
 
     def __str__(self) -> str:
         rate = f"{self.num_bytes / self.seconds:,.0f} bytes a second, " if self.num_bytes else ""
         return (
-            f"{rate}after {self.prompt_seconds:.2f} s for what was read; the cache kept "
-            f"{self.stored:,} entries a head of {self.cached:,} positions, "
+            f"{rate}after {self.prompt_seconds:.2f} s of reading; the cache kept "
+            f"{self.kept:,} entries a head of {self.seen:,} positions, "
             f"{self.cache_bytes / 1024:,.0f} KiB"
         )
 
 
 def windows(prompt_len: int, num_bytes: int, limit: int) -> Iterator[tuple[int, int]]:
-    """How a model with `limit` positions continues a prompt: (bytes read, bytes written) each time.
+    """Yield (bytes read, bytes written) for each window in which a model continues a prompt.
 
-    Where the prompt and what follows do not fit, the model goes on from the last half window of
-    what there is. The last byte that is written is not read, so it takes no position.
+    The model has `limit` positions. Where the prompt does not fit, or the positions are used up, it
+    continues from the last half window of what there is. The last byte that a window writes is not
+    read in it, so it takes no position.
     """
-    total, left = prompt_len, num_bytes
-    read = prompt_len if prompt_len <= limit else max(limit // 2, 1)
-    while left > 0:
-        written = min(left, limit + 1 - read)
+    half = max(limit // 2, 1)
+    total, end = prompt_len, prompt_len + num_bytes
+    read = prompt_len if prompt_len <= limit else half
+    while total < end:
+        written = min(end - total, limit + 1 - read)
         yield read, written
-        total, left = total + written, left - written
-        read = min(total, max(limit // 2, 1))
+        total += written
+        read = min(total, half)
 
 
 def continue_bytes(
@@ -66,15 +68,15 @@ def continue_bytes(
     write: Callable[[bytes], object],
     **options: Any,
 ) -> Report:
-    """Draw `num_bytes` more, and hand each to `write` when it is there.
+    """Continue a prompt by `num_bytes` bytes, and pass each to `write` as soon as it is drawn.
 
     Args:
         model: A Sparse Transformer on bytes.
-        prompt: At least one byte. Of a longer one than the model has positions, the last half
-            window is read; see `windows`.
-        num_bytes: How many to draw.
+        prompt: At least one byte. If it is longer than the model has positions, only its end is
+            read, half a window; see `windows`.
+        num_bytes: Number of bytes to draw.
         write: Called with each new byte.
-        **options: To `generate`.
+        **options: Options of `generate`.
     """
     report = Report()
     everything = bytearray(prompt)
@@ -84,7 +86,7 @@ def continue_bytes(
         cache = FixedCache(model.config)
         stream = _Stream(everything, write)
         start = time.perf_counter()
-        # The mask is given: transformers would guess padding from a byte that equals the pad token.
+        # Without a mask transformers would take a byte that equals the pad token for padding.
         model.generate(  # type: ignore[operator]  # Typed as an attribute of any module.
             tokens,
             attention_mask=torch.ones_like(tokens),
@@ -96,13 +98,13 @@ def continue_bytes(
         report.prompt_seconds += stream.times[0] - start
         report.seconds += stream.times[-1] - stream.times[0]
         report.num_bytes += len(stream.times) - 1
-        report.cached, report.stored = cache.get_seq_length(), cache.num_stored
+        report.seen, report.kept = cache.get_seq_length(), cache.num_stored
         report.cache_bytes = cache.nbytes
     return report
 
 
 class _Stream(BaseStreamer):
-    """Takes what `generate` puts: first the prompt, then byte after byte."""
+    """Receives from `generate` first the prompt, then one byte after another."""
 
     def __init__(self, everything: bytearray, write: Callable[[bytes], object]) -> None:
         self.everything = everything
@@ -111,7 +113,7 @@ class _Stream(BaseStreamer):
         self.is_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """The next tokens."""
+        """Receive the next tokens."""
         if not self.is_prompt:
             new = bytes(value.flatten().tolist())
             self.times.append(time.perf_counter())
@@ -120,4 +122,4 @@ class _Stream(BaseStreamer):
         self.is_prompt = False
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no byte has been held back."""

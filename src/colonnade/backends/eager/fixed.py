@@ -1,72 +1,39 @@
-"""Backend "eager": every pattern in plain PyTorch, on any device, in any floating type and width.
+"""Fixed patterns in plain PyTorch: one operation to a compiler, a loop over the plan's rows.
 
-A fixed pattern is one operation for the compiler, a loop over the plan's rows inside. A row is two
-matrix products around one softmax over [slots ; own keys]; rows of one shape are computed together,
-and the backward computes the scores anew. Nothing grows like n². Scores, weights and all gradients
-are kept in float32 for half-precision inputs (in float64 for float64); only results are rounded.
-
-Strided and local patterns run in `windowed`, a full one in `full` where that can, else as the fixed
-pattern that it is.
+A row is two matrix products around one softmax over [slots ; own keys]; rows of one shape are
+computed together as a tile, and the backward computes the scores again.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from colonnade.backends.eager import full, windowed
-from colonnade.backends.tracing import fake
-from colonnade.backends.tracing.autocast import without_autocast
+from colonnade.backends.call import Call, in_order, only_heads
 from colonnade.backends.eager.dropout import Dropout, draw_seed
+from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.operation import LSE, register
 from colonnade.backends.tracing.planning import make_plan
-from colonnade.backends.call import Request, in_order, only_heads
-from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, StridedPattern
-from colonnade.plan.table import Row, head_groups, table_rows
+from colonnade.pattern import FixedPattern
+from colonnade.plan.table import Row, heads_by_plan, table_rows
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
-FULL_TILE = 128
-"""Queries of a full pattern that are computed together."""
 STACKED_SCORES = 2**19
-"""How many scores of rows of one shape are computed together: some MB, which fit into a cache."""
-
-
-def unusable(build: bool = True) -> None:
-    """It runs wherever PyTorch does, and has nothing to be built."""
-    return
-
-
-def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
-    """Why this backend does not take these inputs, or None if it does."""
-    pattern = request.pattern
-    if not isinstance(pattern, FixedPattern | StridedPattern | LocalPattern | FullPattern):
-        return (
-            "runs FixedPattern, StridedPattern, LocalPattern and FullPattern only, "
-            f"got a {type(pattern).__name__}"
-        )
-    return None
+"""Scores of rows of one shape that are computed together: some MB, which fit into a cache."""
 
 
 def attend(
-    query: Query, key: Key, value: Value, request: Request
-) -> tuple[Output, LogSumExp | None]:
-    """softmax(scale · q kᵀ) v over what the pattern reads, and the log of its denominator."""
-    pattern = request.pattern
-    if isinstance(pattern, StridedPattern | LocalPattern):
-        return windowed.attend(query, key, value, request)
-    if isinstance(pattern, FullPattern):
-        out = full.attend(query, key, value, request)
-        if out is not None:
-            return out, None
-        pattern = pattern.as_fixed(FULL_TILE)
-    assert isinstance(pattern, FixedPattern)
+    query: Query, key: Key, value: Value, pattern: FixedPattern, call: Call
+) -> tuple[Output, LogSumExp]:
+    """softmax(scale · q kᵀ) v over what a fixed pattern reads, and the log of its denominator."""
     num_kv_heads = key.shape[1]
-    heads = head_groups(pattern, num_kv_heads)
+    heads = heads_by_plan(pattern, num_kv_heads)
     outs, lses = [], []
     for group in heads:
-        plan = make_plan(pattern, query.shape[2], key.shape[2], request, group)
+        plan = make_plan(pattern, query.shape[2], key.shape[2], call.keys, group)
         q, k, v = (only_heads(t, group, num_kv_heads) for t in (query, key, value))
         out, lse = _forward(
             q,
@@ -76,16 +43,16 @@ def attend(
             plan.table,
             plan.shift,
             plan.own_from_slots,
-            request.scale,
-            request.dropout_p,
-            draw_seed(request.dropout_p),
+            call.scale,
+            call.dropout_p,
+            draw_seed(call.dropout_p),
         )
         outs.append(out)
         lses.append(lse)
     return in_order(outs, heads), in_order(lses, heads)
 
 
-class _Run(NamedTuple):
+class _Tile(NamedTuple):
     """Rows of one shape that are computed together: r queries, s slots and w own keys each."""
 
     q_begin: list[int]
@@ -97,8 +64,9 @@ class _Run(NamedTuple):
     lead: int
 
 
-def _runs(table: Tensor, heads: int) -> list[_Run]:
-    """The table's rows, those of one shape together; `heads` counts those of all batch rows.
+@remembered
+def _tiles(table: Tensor, heads: int, most_scores: int) -> list[_Tile]:
+    """Put the table's rows of one shape together; `heads` counts the heads of all batch rows.
 
     Rows without a key, which a bidirectional plan may have, are left out.
     """
@@ -112,16 +80,16 @@ def _runs(table: Tensor, heads: int) -> list[_Run]:
         )
         if row.own_end > row.own_begin or row.slot_end > row.slot_begin:
             by_shape.setdefault(shape, []).append(row)
-    runs = []
+    tiles = []
     for (queries, own_keys, slots, lead), rows in by_shape.items():
-        together = max(STACKED_SCORES // max(heads * queries * (own_keys + slots), 1), 1)
+        together = max(most_scores // max(heads * queries * (own_keys + slots), 1), 1)
         for first in range(0, len(rows), together):
             some = rows[first : first + together]
             q_begin, own_begin, slot_begin = (
                 [getattr(row, f"{of}_begin") for row in some] for of in ("q", "own", "slot")
             )
-            runs.append(_Run(q_begin, own_begin, slot_begin, queries, own_keys, slots, lead))
-    return runs
+            tiles.append(_Tile(q_begin, own_begin, slot_begin, queries, own_keys, slots, lead))
+    return tiles
 
 
 def _take(tensor: Tensor, begins: list[int], length: int) -> Tensor:
@@ -156,7 +124,7 @@ def _positions(begins: list[int], length: int) -> Tensor:
     return torch.tensor(begins)[:, None] + torch.arange(length)
 
 
-class _Tiles:
+class _Operands:
     """The operands of one run of rows after another, in the type that is computed in."""
 
     def __init__(
@@ -176,35 +144,35 @@ class _Tiles:
         self.own_value = self.slot_value if own_from_slots else value
         self.shift = shift.to(key.device)[:, None, None]
 
-    def queries(self, tensor: Tensor, run: _Run) -> Tensor:
+    def queries(self, tensor: Tensor, tile: _Tile) -> Tensor:
         """Rows of [B, Hq, Tq, D] as [B, Hkv, m, G·r, D]: the query heads of a key head stacked."""
         num_kv_heads = self.slot_key.shape[1]
-        rows = _take(tensor, run.q_begin, run.queries).to(self.compute)
+        rows = _take(tensor, tile.q_begin, tile.queries).to(self.compute)
         stacked: Tensor = rows.unflatten(1, (num_kv_heads, -1)).transpose(2, 3).flatten(3, 4)
         return stacked
 
-    def keys(self, run: _Run) -> Tensor:
+    def keys(self, tile: _Tile) -> Tensor:
         """The keys [B, Hkv, m, s + w, D] that rows read: their slots, then their own."""
-        return self._read(self.slot_key, self.own_key, run)
+        return self._read(self.slot_key, self.own_key, tile)
 
-    def values(self, run: _Run) -> Tensor:
+    def values(self, tile: _Tile) -> Tensor:
         """The values [B, Hkv, m, s + w, D] that rows read: their slots, then their own."""
-        return self._read(self.slot_value, self.own_value, run)
+        return self._read(self.slot_value, self.own_value, tile)
 
-    def _read(self, slots: Tensor, own: Tensor, run: _Run) -> Tensor:
-        own_part = _take(own, run.own_begin, run.own_keys).to(self.compute)
-        return torch.cat([_take(slots, run.slot_begin, run.slots), own_part], 3)
+    def _read(self, slots: Tensor, own: Tensor, tile: _Tile) -> Tensor:
+        own_part = _take(own, tile.own_begin, tile.own_keys).to(self.compute)
+        return torch.cat([_take(slots, tile.slot_begin, tile.slots), own_part], 3)
 
-    def scores(self, query: Tensor, key: Tensor, run: _Run) -> Tensor:
+    def scores(self, query: Tensor, key: Tensor, tile: _Tile) -> Tensor:
         """q kᵀ of rows, -inf at the own keys that a query does not see; q is scaled already."""
         scores = query @ key.mT
-        own_scores = scores.unflatten(3, (-1, run.queries))[..., run.slots :]
-        own_scores.masked_fill_(self._hidden(run), -math.inf)
+        own_scores = scores.unflatten(3, (-1, tile.queries))[..., tile.slots :]
+        own_scores.masked_fill_(self._hidden(tile), -math.inf)
         return scores
 
-    def _hidden(self, run: _Run) -> Tensor:
+    def _hidden(self, tile: _Tile) -> Tensor:
         """[Hkv, 1, 1, r, w], True where a query does not see an own key; alike for most rows."""
-        shape = (run.queries, run.own_keys, run.lead)
+        shape = (tile.queries, tile.own_keys, tile.lead)
         if shape not in self.hidden_of:
             queries, own_keys, lead = shape
             last_seen = torch.arange(queries, device=self.shift.device)[:, None] + lead - self.shift
@@ -238,25 +206,24 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    tiles = _Tiles(key, value, gather, shift, own_from_slots)
+    operands = _Operands(key, value, gather, shift, own_from_slots)
     dropout = Dropout(dropout_p, seed, query.device)
     out = query.new_zeros(*query.shape[:3], value.shape[3])
-    lse = query.new_full(query.shape[:3], -math.inf, dtype=tiles.compute)
-    for run in _runs(table, query.shape[:2].numel()):
-        scores = tiles.scores(tiles.queries(query, run).mul(scale), tiles.keys(run), run)
+    lse = query.new_full(query.shape[:3], -math.inf, dtype=operands.compute)
+    for tile in _tiles(table, query.shape[:2].numel(), STACKED_SCORES):
+        scores = operands.scores(
+            operands.queries(query, tile).mul(scale), operands.keys(tile), tile
+        )
         peak = scores.amax(-1, keepdim=True)
         # A row that reads nothing: weights 0, denominator 0, output 0, lse -inf.
         peak.masked_fill_(peak == -math.inf, 0.0)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
         weights *= dropout.factors(weights)
-        result = (weights @ tiles.values(run)).div_(total.masked_fill(total == 0, 1.0))
-        _put(out, run.q_begin, result)
-        _put(lse[..., None], run.q_begin, peak + total.log())
+        result = (weights @ operands.values(tile)).div_(total.masked_fill(total == 0, 1.0))
+        _put(out, tile.q_begin, result)
+        _put(lse[..., None], tile.q_begin, peak + total.log())
     return out, lse
-
-
-_forward.register_fake(fake.forward)
 
 
 @torch.library.custom_op("colonnade::eager_backward", mutates_args=(), schema=_BACKWARD)
@@ -275,59 +242,40 @@ def _backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = _Tiles(key, value, gather, shift, own_from_slots)
+    operands = _Operands(key, value, gather, shift, own_from_slots)
     dropout = Dropout(dropout_p, seed, query.device)
     grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    grad_key, grad_value = (x.new_zeros(x.shape, dtype=tiles.compute) for x in (key, value))
-    grad_slot_key = torch.zeros_like(tiles.slot_key)
-    grad_slot_value = torch.zeros_like(tiles.slot_value)
+    grad_key, grad_value = (x.new_zeros(x.shape, dtype=operands.compute) for x in (key, value))
+    grad_slot_key = torch.zeros_like(operands.slot_key)
+    grad_slot_value = torch.zeros_like(operands.slot_value)
     grad_own_key = grad_slot_key if own_from_slots else grad_key
     grad_own_value = grad_slot_value if own_from_slots else grad_value
-    for run in _runs(table, query.shape[:2].numel()):
-        q = tiles.queries(query, run).mul(scale)
-        k, v = tiles.keys(run), tiles.values(run)
-        lse_of_run = tiles.queries(lse[..., None], run)
-        lse_of_run = lse_of_run.masked_fill(lse_of_run == -math.inf, 0.0)
-        weights = tiles.scores(q, k, run).sub_(lse_of_run).exp_()
-        d_out = tiles.queries(grad_out, run)
+    for tile in _tiles(table, query.shape[:2].numel(), STACKED_SCORES):
+        q = operands.queries(query, tile).mul(scale)
+        k, v = operands.keys(tile), operands.values(tile)
+        lse_of_tile = operands.queries(lse[..., None], tile)
+        lse_of_tile = lse_of_tile.masked_fill(lse_of_tile == -math.inf, 0.0)
+        weights = operands.scores(q, k, tile).sub_(lse_of_tile).exp_()
+        d_out = operands.queries(grad_out, tile)
         kept = dropout.factors(weights)
         d_value = (weights * kept).mT @ d_out
         d_weights = (d_out @ v.mT) * kept
         # delta = sum_j P_ij dP_ij: the whole row is at hand, so the rounded output is not needed.
         delta = (weights * d_weights).sum(-1, keepdim=True)
-        delta -= tiles.queries(grad_lse[..., None], run)
+        delta -= operands.queries(grad_lse[..., None], tile)
         d_scores = d_weights.sub_(delta).mul_(weights)
         d_key = d_scores.mT @ q
-        _put(grad_query, run.q_begin, (d_scores @ k).mul_(scale))
+        _put(grad_query, tile.q_begin, (d_scores @ k).mul_(scale))
         for grad_slots, grad_own, d in (
             (grad_slot_key, grad_own_key, d_key),
             (grad_slot_value, grad_own_value, d_value),
         ):
-            _add(grad_slots, run.slot_begin, d[..., : run.slots, :])
-            _add(grad_own, run.own_begin, d[..., run.slots :, :])
+            _add(grad_slots, tile.slot_begin, d[..., : tile.slots, :])
+            _add(grad_own, tile.own_begin, d[..., tile.slots :, :])
     index = gather[None, :, :, None]
     grad_key.scatter_add_(2, index.expand_as(grad_slot_key), grad_slot_key)
     grad_value.scatter_add_(2, index.expand_as(grad_slot_value), grad_slot_value)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-_backward.register_fake(fake.backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, gather, table, shift, own_from_slots, scale, dropout_p, seed = inputs
-    ctx.save_for_backward(query, key, value, output[1], gather, table, shift, seed)
-    ctx.constants = own_from_slots, scale, dropout_p
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, seed = ctx.saved_tensors
-    # The caller's autocast would run the float32 products in half precision.
-    with without_autocast(grad_out.device.type):
-        grads = _backward(grad_out, grad_lse, *saved, *ctx.constants, seed)
-    return (*grads, *[None] * 7)
-
-
-torch.library.register_autograd(
-    "colonnade::eager_forward", _gradients, setup_context=_setup_context
-)
+register("colonnade::eager", _backward, LSE)

@@ -1,4 +1,4 @@
-"""A full pattern in PyTorch's own kernel for CPUs: how backend "eager" runs it where that can."""
+"""Full patterns in PyTorch's own kernel for CPUs, where that keeps the contract."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from colonnade.backends.call import Request
+from colonnade.backends.call import Call, Whole
 from colonnade.pattern import FullPattern
 from colonnade.shapes import Key, Output, Query, Value
 
@@ -16,29 +16,31 @@ MASKED_TILE = 256
 """Queries that are computed together where the kernel takes a mask."""
 
 
-def attend(query: Query, key: Key, value: Value, request: Request) -> Output | None:
-    """softmax(scale · q kᵀ) v over all earlier keys, or all; None where the kernel cannot."""
-    pattern = request.pattern
-    assert isinstance(pattern, FullPattern)
-    # The last query reads everything. (A branch: the kernel takes no symbolic bool.)
-    masked = False if query.shape[2] == 1 else pattern.causal
-    if not _keeps_the_contract(query, key, value, request, masked):
-        return None
+def attend(query: Query, key: Key, value: Value, pattern: FullPattern, call: Call) -> Output:
+    """softmax(scale · q kᵀ) v over all earlier keys, or all; where `keeps_the_contract` says so."""
+    masked = _is_masked(query, pattern)
     if masked and query.shape[2] != key.shape[2]:
-        return _by_tiles(query, key, value, request.scale, pattern)
-    return _run(query, key, value, request.scale, masked)
+        return _by_tiles(query, key, value, call.scale, pattern)
+    return _run(query, key, value, call.scale, masked)
 
 
-def _keeps_the_contract(
-    query: Query, key: Key, value: Value, request: Request, masked: bool
+def _is_masked(query: Query, pattern: FullPattern) -> bool:
+    """Whether some query does not read some key; the last query reads everything."""
+    # A branch: the kernel takes no symbolic bool.
+    return False if query.shape[2] == 1 else pattern.causal
+
+
+def keeps_the_contract(
+    query: Query, key: Key, value: Value, pattern: FullPattern, call: Call
 ) -> bool:
-    """Whether the kernel does what `attention` promises, without n² memory.
+    """Whether PyTorch's kernel does what `attention` promises, without n² memory.
 
     It aligns causal masks at the top left, returns no log-sum-exp, adds up gradients in half
     precision, gives NaN for a causal mask with scale <= 0, and takes neither zero keys nor values
     of another width nor strided widths. Fewer queries than keys take a mask for each tile, which a
     backward would keep, and a compiler would see a loop.
     """
+    masked = _is_masked(query, pattern)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     if masked and query.shape[2] != key.shape[2]:
         fits = not (wants_grad or torch.compiler.is_compiling())
@@ -47,15 +49,15 @@ def _keeps_the_contract(
         fits = precise or (query.shape[2] == 1 and not wants_grad)
     dense_widths = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     return (
-        request.cu_seqlens is None  # first: a compiler does not know how many tokens there are
+        isinstance(call.keys, Whole)  # first: a compiler does not know how many tokens there are
         and query.device.type == "cpu"
         and fits
         and query.shape[3] == value.shape[3]
         and dense_widths
         and query.numel() > 0
-        and (request.scale > 0 or not masked)
-        and request.dropout_p == 0
-        and not request.return_lse
+        and (call.scale > 0 or not masked)
+        and call.dropout_p == 0
+        and not call.return_lse
     )
 
 
@@ -80,7 +82,7 @@ def _run(
 
 
 def _by_tiles(query: Query, key: Key, value: Value, scale: float, pattern: FullPattern) -> Output:
-    """The last queries of a longer sequence, some at a time under a mask of their own."""
+    """Compute the last queries of a longer sequence, some at a time under a mask of their own."""
     compute = torch.promote_types(query.dtype, torch.float32)
     key, value = key.to(compute), value.to(compute)
     position = torch.arange(key.shape[2])

@@ -11,7 +11,7 @@ position 8 reads its **window** 5 6 7 8: of its own line what does not lie to it
 above what does. A strided query also reads its **column**, here 4 and 0. Both are dense products,
 [l, 2l] a line and [lines, lines] a column, in one softmax; memory grows like
 q_len · (2l + kv_len/l), and no mask grows faster. Queries that fit into one line are computed
-alone, without the rest of it. The backward computes the scores anew.
+alone, without the rest of it. The backward computes the scores again.
 
 A value that is not finite makes the whole output of its readers NaN, and of nobody else.
 """
@@ -19,16 +19,16 @@ A value that is not finite makes the whole output of its readers NaN, and of nob
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.tracing import fake
-from colonnade.backends.tracing.autocast import without_autocast
+from colonnade.backends.call import Call, Packed
+from colonnade.backends.documents import by_documents
 from colonnade.backends.eager.dropout import Dropout, draw_seed
-from colonnade.backends.call import Request, by_documents
+from colonnade.backends.tracing.operation import LSE, register
 from colonnade.pattern import LocalPattern, Part, StridedPattern
 from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -37,19 +37,26 @@ Reads = Literal["window"] | Part
 """The parts of a strided pattern, or a window alone. As printed, "local" reads one key more."""
 
 
-def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
+def attend(
+    query: Query, key: Key, value: Value, pattern: StridedPattern | LocalPattern, call: Call
+) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over windows and columns, and the log of its denominator."""
-    pattern, dropout_p = request.pattern, request.dropout_p
-    width: int
     reads: Reads
     if isinstance(pattern, StridedPattern):
         width, reads = pattern.stride, pattern.part
     else:
-        assert isinstance(pattern, LocalPattern)
         width, reads = pattern.window, "window"
-    seed = draw_seed(dropout_p)
-    documents = request.cu_seqlens
-    out, lse = _forward(query, key, value, width, reads, request.scale, dropout_p, seed, documents)
+    out, lse = _forward(
+        query,
+        key,
+        value,
+        width,
+        reads,
+        call.scale,
+        call.dropout_p,
+        draw_seed(call.dropout_p),
+        call.keys.cu_seqlens if isinstance(call.keys, Packed) else None,
+    )
     return out, lse
 
 
@@ -238,9 +245,6 @@ def _forward(
     return out, lse
 
 
-_forward.register_fake(fake.forward)
-
-
 @torch.library.custom_op("colonnade::windowed_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
     grad_out: Tensor,
@@ -288,22 +292,4 @@ def _backward(
     return d_query, d_key, d_value
 
 
-_backward.register_fake(fake.backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.options, seed, cu_seqlens = inputs
-    ctx.save_for_backward(query, key, value, output[1], seed, cu_seqlens)
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, seed, cu_seqlens = ctx.saved_tensors
-    # The caller's autocast would run the float32 products in half precision.
-    with without_autocast(grad_out.device.type):
-        grads = _backward(grad_out, grad_lse, *saved, *ctx.options, seed, cu_seqlens)
-    return (*grads, *[None] * 6)
-
-
-torch.library.register_autograd(
-    "colonnade::windowed_forward", _gradients, setup_context=_setup_context
-)
+register("colonnade::windowed", _backward, LSE)

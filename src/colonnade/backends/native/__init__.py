@@ -2,13 +2,15 @@
 
 `attend` makes the plan and calls one operation, forward or backward; csrc/ has what they do:
 
-    problem.h    the plan's table, and how the work is cut and shared out
-    operands.h   copies in the layout and type that the products want
-    forward.h    tiles of scores, one online softmax
-    backward.h   scores once more, transposed; five products a granule of keys
-    decode.h     one query over what a cache keeps, without copies
-    ceiling.h    the products and exponentials alone, for benchmarks
-    library.cpp  the operations
+    problem.h     the plan's table, and how the work is cut and shared out
+    operands.h    copies in the layout and type that the products want
+    softmax.h     one step of the online softmax, its end, its gradient
+    forward.h     tiles of scores, one online softmax
+    backward.h    scores once more, transposed; five products a granule of keys
+    slot_grads.h  shares of the backward, and the gradients of slots that they add up
+    decode.h      one query over what a cache keeps, without copies
+    ceiling.h     the products and exponentials alone, for benchmarks
+    library.cpp   the operations
 
 The C++ is compiled for the machine at the first use, see `build`. Arm is untested.
 """
@@ -16,82 +18,64 @@ The C++ is compiled for the machine at the first use, see `build`. Arm is untest
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
-from colonnade.backends.tracing import fake
+from colonnade.backends.call import Call, Seen
 from colonnade.backends.native import build
+from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, fake_forward, register
 from colonnade.backends.tracing.planning import make_plan
-from colonnade.backends.call import Request
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-unusable: Callable[..., str | None] = torch.compiler.assume_constant_result(build.unusable)
-"""Why nothing runs here, as a clause; None: it runs. See `build.unusable`."""
+reason_unusable: Callable[..., str | None] = torch.compiler.assume_constant_result(
+    build.reason_unusable
+)
+"""Return why nothing runs here, as a clause; None: it runs. See `build.reason_unusable`."""
 
 
-def declines(query: Query, key: Key, value: Value, request: Request) -> str | None:
-    """Why this backend does not take these inputs, or None if it does."""
-    pattern = request.pattern
-    if not isinstance(pattern, FixedPattern):
+def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | None:
+    """Return why this backend does not take a call, or None if it does."""
+    pattern = call.pattern
+    if isinstance(call.keys, Seen):
+        if query.shape[2] != 1:
+            return "reads what is kept with one query a head only, and here are more"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            return "has no gradients for a decoder's query, got requires_grad=True"
+    elif not isinstance(pattern, FixedPattern):
         return f"runs FixedPattern only, got a {type(pattern).__name__}"
-    if not pattern.causal:
+    elif not pattern.causal:
         return "runs causal patterns only, got causal=False"
     if query.device.type != "cpu":
         return f"runs on CPUs only, got query.device={query.device}"
     if query.dtype not in DTYPES:
         return f"computes in {' and '.join(map(str, DTYPES))}, got query.dtype={query.dtype}"
-    if request.dropout_p > 0:
-        return f"has no dropout, got dropout_p={request.dropout_p}"
-    return unusable()
+    if call.dropout_p > 0:
+        return f"has no dropout, got dropout_p={call.dropout_p}"
+    return reason_unusable()
 
 
-def attend(query: Query, key: Key, value: Value, request: Request) -> tuple[Output, LogSumExp]:
-    """softmax(scale · q kᵀ) v over what the pattern reads, and the log of its denominator."""
-    pattern = request.pattern
-    assert isinstance(pattern, FixedPattern)
-    plan = make_plan(pattern, query.shape[2], key.shape[2], request, range(key.shape[1]))
+def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:
+    """softmax(scale · q kᵀ) v over what is read, and the log of its denominator."""
     out: Tensor
     lse: Tensor
+    if isinstance(call.keys, Seen):
+        mask = call.keys.mask
+        out, lse = torch.ops.colonnade.native_decode(
+            query, key, value, None if mask is None else mask[:, :, 0], call.scale
+        )
+        return out, lse
+    pattern = call.pattern
+    assert isinstance(pattern, FixedPattern)
+    plan = make_plan(pattern, query.shape[2], key.shape[2], call.keys, range(key.shape[1]))
     out, lse = torch.ops.colonnade.native_forward(
-        query, key, value, plan.gather, plan.table, plan.shift, plan.own_from_slots, request.scale
+        query, key, value, plan.gather, plan.table, plan.shift, plan.own_from_slots, call.scale
     )
     return out, lse
-
-
-def decodes(query: Query, key: Key, value: Value) -> bool:
-    """Whether `decode` takes these inputs here."""
-    return (
-        query.shape[2] == 1
-        and query.device.type == "cpu"
-        and query.dtype in DTYPES
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
-        and unusable() is None
-    )
-
-
-def decode(
-    query: Query,
-    key: Key,
-    value: Value,
-    reads: Bool[Tensor, "batch kv_heads kept"] | None,
-    scale: float | None,
-) -> Output:
-    """One query of each head over all keys, or those that it `reads`; 0 where there is none.
-
-    Without gradients.
-    """
-    if scale is None:
-        scale = query.shape[3] ** -0.5
-    out: Tensor
-    out, _ = torch.ops.colonnade.native_decode(query, key, value, reads, scale)
-    return out
 
 
 _PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
@@ -115,36 +99,19 @@ torch.library.define(
 
 
 def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tuple[float, float]:
-    """Seconds that a pair of query and key takes of one thread, while all are busy, at the least.
+    """Measure the fewest seconds that one thread needs for a pair of query and key.
 
-    The products of the kernel's own tiles and the exponentials, and nothing else: forward, and
-    backward. Measured for `seconds` each.
+    The products of the kernel's own tiles and the exponentials are timed, and nothing else, while
+    all threads are busy: `seconds` for the forward, and as long for the backward.
 
     Raises:
-        NotImplementedError: Nothing of this backend runs here.
+        NotImplementedError: This backend does not run here.
     """
-    if reason := build.unusable():
+    if reason := build.reason_unusable():
         raise NotImplementedError(f"The ceiling is measured by backend 'native', which {reason}.")
     forward, backward = torch.ops.colonnade.native_ceiling(like, qk_dim, v_dim, seconds)
     return forward, backward
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, own_from_slots, scale = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-    ctx.constants = own_from_slots, scale
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.colonnade.native_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, *ctx.constants
-    )
-    return (*grads, *[None] * 5)
-
-
-torch.library.register_fake("colonnade::native_forward", fake.forward)
-torch.library.register_fake("colonnade::native_backward", fake.backward)
-torch.library.register_fake("colonnade::native_decode", fake.forward)
-torch.library.register_autograd(
-    "colonnade::native_forward", _gradients, setup_context=_setup_context
-)
+torch.library.register_fake("colonnade::native_decode", fake_forward)
+register("colonnade::native", torch.ops.colonnade.native_backward, OUTPUT_AND_LSE)

@@ -31,14 +31,13 @@ _one_at_a_time = threading.Lock()
 
 
 class BuildError(Exception):
-    """Why there is no library, in a clause that may follow a name."""
+    """There is no library; the text is a clause that may follow the backend's name."""
 
 
-def unusable(build: bool = True) -> str | None:
-    """Why the C++ operations cannot be called in this process, as a clause; None: they can.
+def reason_unusable(build: bool = True) -> str | None:
+    """Return why the C++ operations cannot be called in this process, as a clause; None: they can.
 
-    Builds them at the first call where they are not built yet, unless told not to `build`. What it
-    found stays.
+    They are built at the first call, unless `build` is False. The answer stays what it is then.
     """
     with _one_at_a_time:
         if not build and not _is_built():
@@ -68,12 +67,12 @@ def _load() -> str | None:
     except BuildError as error:
         return str(error)
     except OSError as error:
-        return f"could not load what it built: {error}. Delete {path} to build anew"
+        return f"could not load what it built: {error}. Delete {path} to build it again"
     return None
 
 
 def library_path() -> Path:
-    """Where the library belongs: the name tells source, torch, compiler, flags and processor.
+    """Return where the library belongs; its name tells source, torch, compiler, flags, processor.
 
     Raises:
         BuildError: There is no compiler.

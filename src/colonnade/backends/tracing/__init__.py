@@ -1,0 +1,1 @@
+"""Machinery around a call: autocast, compilers, and what is kept from one call to the next."""

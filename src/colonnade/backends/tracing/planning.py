@@ -6,42 +6,62 @@ To a compiler the sizes of an operation's results are unknown, so that any lengt
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from colonnade.backends.call import Request, document_lengths
+from colonnade.backends.call import Kept, Keys, Packed
+from colonnade.backends.documents import Documents, documents_of
+from colonnade.backends.tracing.memo import is_tracing
 from colonnade.pattern import FixedPattern, Part
 from colonnade.plan.table import Plan, Row, fixed_plan, own_from_slots, packed_plan
 
 
 def make_plan(
-    pattern: FixedPattern, q_len: int, kv_len: int, request: Request, heads: range
+    pattern: FixedPattern, q_len: int, kv_len: int, keys: Keys, heads: Sequence[int]
 ) -> Plan:
-    """The plan of the last `q_len` of `kv_len` keys, or of documents, for some key heads.
+    """Return the plan of the last `q_len` of `kv_len` keys, or of documents, for some key heads.
 
     Raises:
-        ValueError: What cu_seqlens says does not fit `kv_len`.
+        ValueError: The contents of cu_seqlens do not fit `kv_len`.
     """
-    if request.cu_seqlens is None and not _is_watched():
-        return _kept(pattern, q_len, kv_len, tuple(heads), request.reduced)
+    reduced = keys.reduced if isinstance(keys, Kept) else 0
+    cu_seqlens = keys.cu_seqlens if isinstance(keys, Packed) else None
+    if not is_tracing():
+        documents = None if cu_seqlens is None else documents_of(cu_seqlens, kv_len)
+        return _kept(pattern, q_len, kv_len, reduced, documents, tuple(heads))
     p = pattern
     sets = p.stride, p.summary, p.subblocks, p.part, p.causal
-    gather, table, shift = _plan(
-        *sets, q_len, kv_len, request.reduced, request.cu_seqlens, list(heads)
-    )
+    gather, table, shift = _plan(*sets, q_len, kv_len, reduced, cu_seqlens, list(heads))
     return Plan(gather, table, shift, own_from_slots(pattern))
 
 
-def _is_watched() -> bool:
-    """Whether something records operations or runs them in its own way, with its own lengths."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+@functools.lru_cache(maxsize=8)
+def _kept(
+    pattern: FixedPattern,
+    q_len: int,
+    kv_len: int,
+    reduced: int,
+    documents: Documents | None,
+    heads: tuple[int, ...],
+) -> Plan:
+    """A short sequence's plan takes longer than its attention, and layers share one.
+
+    Whatever the mode or default device of the call that makes it, it serves all others.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        if documents is None:
+            plan = fixed_plan(pattern, q_len, kv_len, heads, reduced)
+        else:
+            plan = packed_plan(pattern, documents.lengths, heads)
+        return replace(plan, gather=plan.gather.contiguous())
 
 
+# The schema is spelled out: read off annotations it would depend on who wraps the functions.
 @torch.library.custom_op(
     "colonnade::plan",
     mutates_args=(),
@@ -62,25 +82,10 @@ def _plan(
     heads: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     pattern = FixedPattern(stride, summary, subblocks, part, causal)
-    if cu_seqlens is None:
-        # A compiler may write into what an operation gave it.
-        plan = _kept(pattern, q_len, kv_len, tuple(heads), reduced)
-        return plan.gather.clone(), plan.table.clone(), plan.shift.clone()
-    plan = packed_plan(pattern, document_lengths(cu_seqlens, kv_len), heads)
-    return plan.gather.contiguous(), plan.table, plan.shift
-
-
-@functools.lru_cache(maxsize=8)
-def _kept(
-    pattern: FixedPattern, q_len: int, kv_len: int, heads: tuple[int, ...], reduced: int
-) -> Plan:
-    """A short sequence's plan takes longer than its attention, and layers share one.
-
-    Whatever the mode or default device of the call that makes it, it serves all others.
-    """
-    with torch.inference_mode(False), torch.device("cpu"):
-        plan = fixed_plan(pattern, q_len, kv_len, heads, reduced)
-        return replace(plan, gather=plan.gather.contiguous())
+    documents = None if cu_seqlens is None else documents_of(cu_seqlens, kv_len)
+    plan = _kept(pattern, q_len, kv_len, reduced, documents, tuple(heads))
+    # A compiler may write into what an operation gave it.
+    return plan.gather.clone(), plan.table.clone(), plan.shift.clone()
 
 
 @_plan.register_fake

@@ -1,4 +1,5 @@
-// What the products of the kernel's own tiles and the exponentials take, and nothing else.
+// The time that the matrix products of the kernel's own tiles and the exponentials take, without
+// anything else: what forward and backward could reach at best.
 #pragma once
 
 #include <chrono>
@@ -8,7 +9,10 @@
 
 namespace colonnade {
 
-// Seconds for one pair of query and key, on one of `workers` threads that all work at once.
+// Rounds between two looks at the clock.
+constexpr int64_t kRounds = 16;
+
+// Measures the seconds that one pair of query and key takes on one thread, while all threads work.
 template <typename Op>
 class Ceiling {
  public:
@@ -17,26 +21,34 @@ class Ceiling {
 
   double forward(double seconds) const {
     return measure(kTileQueries * kTileKeys, seconds, [&](const Operands& o) {
+      const Op *left = o.left.get(), *right = o.right.get();
+      float* result = o.result.get();
       for (int64_t j = 0; j < kTileKeys; j += kGranule) {
-        multiply(kTileQueries, kGranule, qk_width_, o.left.get(), qk_width_, o.right.get(), kGranule,
-                 o.result.get() + j, kTileKeys, false);
+        multiply<Op>({kTileQueries, kGranule, qk_width_}, {left, qk_width_}, {right, kGranule},
+                     {result + j, kTileKeys});
       }
       exponentials(kTileQueries * kTileKeys, o);
-      multiply(kTileQueries, v_width_, kTileKeys, o.left.get(), kTileKeys, o.right.get(), v_width_,
-               o.result.get(), v_width_, true);
+      multiply<Op>({kTileQueries, v_width_, kTileKeys}, {left, kTileKeys}, {right, v_width_},
+                   {result, v_width_}, /*add=*/true);
     });
   }
 
   double backward(double seconds) const {
-    return measure(kGranule * kQueries, seconds, [&](const Operands& o) {
-      const Op *a = o.left.get(), *b = o.right.get();
-      float* c = o.result.get();
-      multiply(kGranule, kQueries, qk_width_, a, qk_width_, b, kQueries, c, kQueries, false);
-      multiply(kGranule, kQueries, v_width_, a, v_width_, b, kQueries, c, kQueries, false);
-      exponentials(kGranule * kQueries, o);
-      multiply(kGranule, v_width_, kQueries, a, kQueries, b, v_width_, c, v_width_, true);
-      multiply(kGranule, qk_width_, kQueries, a, kQueries, b, qk_width_, c, qk_width_, true);
-      multiply(qk_width_, kQueries, kGranule, a, kGranule, b, kQueries, c, kQueries, true);
+    constexpr int64_t queries = kPieceQueries, keys = kGranule;
+    return measure(keys * queries, seconds, [&](const Operands& o) {
+      const Op *left = o.left.get(), *right = o.right.get();
+      float* result = o.result.get();
+      multiply<Op>({keys, queries, qk_width_}, {left, qk_width_}, {right, queries},
+                   {result, queries});
+      multiply<Op>({keys, queries, v_width_}, {left, v_width_}, {right, queries},
+                   {result, queries});
+      exponentials(keys * queries, o);
+      multiply<Op>({keys, v_width_, queries}, {left, queries}, {right, v_width_},
+                   {result, v_width_}, /*add=*/true);
+      multiply<Op>({keys, qk_width_, queries}, {left, queries}, {right, qk_width_},
+                   {result, qk_width_}, /*add=*/true);
+      multiply<Op>({qk_width_, queries, keys}, {left, keys}, {right, queries}, {result, queries},
+                   /*add=*/true);
     });
   }
 
@@ -55,8 +67,8 @@ class Ceiling {
 
   static void exponentials(int64_t count, const Operands& o) {
     for (int64_t i = 0; i < count; i += 2 * kLanes) {
-      store_weights<Op>(fast_exp<Op>(Vec::loadu(o.result.get() + i)),
-                        fast_exp<Op>(Vec::loadu(o.result.get() + i + kLanes)), o.weights.get() + i);
+      const Vec one = Vec::loadu(o.result.get(i)), two = Vec::loadu(o.result.get(i + kLanes));
+      store_weights<Op>(fast_exp<Op>(one), fast_exp<Op>(two), o.weights.get(i));
     }
   }
 
@@ -66,7 +78,7 @@ class Ceiling {
     const auto since = [](clock::time_point start) {
       return std::chrono::duration<double>(clock::now() - start).count();
     };
-    const int64_t size = kTileKeys * std::max({qk_width_, v_width_, kTileQueries, kQueries});
+    const int64_t size = kTileKeys * std::max({qk_width_, v_width_, kTileQueries, kPieceQueries});
     const int64_t workers = at::get_num_threads();
     std::vector<double> taken(workers);
     at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -75,8 +87,8 @@ class Ceiling {
         work(operands);
         int64_t rounds = 0;
         const auto start = clock::now();
-        for (; since(start) < seconds; rounds += 16) {
-          for (int64_t i = 0; i < 16; ++i) work(operands);
+        for (; since(start) < seconds; rounds += kRounds) {
+          for (int64_t i = 0; i < kRounds; ++i) work(operands);
         }
         taken[worker] = since(start) / double(rounds * pairs);
       }

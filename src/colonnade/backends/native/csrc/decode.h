@@ -1,20 +1,26 @@
 // A decoder's step: one query of each head over keys that lie as a cache keeps them.
 //
-// Memory sets the pace. So nothing is packed: keys and values are read once, where they are, for all
-// queries of a group.
+// Memory sets the pace. So nothing is packed: keys and values are read once, where they are, for
+// all queries of a group. The keys of a head are split every kSplitKeys keys, whatever the number
+// of threads is. Each split has a softmax of its own, with a peak m_s, total ℓ_s and sums a_s as in
+// forward.h; they are merged in order:
+//
+//     m = max_s m_s      ℓ = Σ_s e^(m_s - m) ℓ_s      a = Σ_s e^(m_s - m) a_s
 #pragma once
 
-#include "forward.h"
+#include <optional>
+
+#include "softmax.h"
 
 namespace colonnade {
 
-// Keys of one head that one thread takes, whatever the number of threads is.
-constexpr int64_t kRunKeys = 256;
-// Keys whose weights are computed together: they are still in the first cache when their values, and
-// the next query of the group, come to be read.
-constexpr int64_t kFewKeys = 64;
-// So few numbers are read sooner than a second thread has woken up.
-constexpr int64_t kAlone = 1 << 15;
+// Keys of one head that a thread takes at a time.
+constexpr int64_t kSplitKeys = 256;
+// Keys whose weights are computed together: they are still in the first cache when their values are
+// read, and when the next query of the group reads them.
+constexpr int64_t kNearKeys = 64;
+// One thread reads this many numbers before a second one would have woken up.
+constexpr int64_t kOneThread = 1 << 15;
 
 // Two vectors of a row, of which `count` numbers are left; zeros behind them.
 template <typename T>
@@ -25,48 +31,54 @@ std::tuple<Vec, Vec> load_two(const T* from, int64_t count) {
     return {Vec::loadu(from), Vec::loadu(from + kLanes, count - kLanes)};
   } else {
     using Half = at::vec::Vectorized<T>;
-    return at::vec::convert_to_float<T>(
-        count >= 2 * kLanes ? Half::loadu(from) : Half::loadu(from, count));
+    const Half both = count >= 2 * kLanes ? Half::loadu(from) : Half::loadu(from, count);
+    return at::vec::convert_to_float<T>(both);
   }
 }
 
 template <typename T>
 class Decode {
  public:
-  // `reads` is [batch, kv_heads, length], row by row, or null: everything is read.
-  Decode(
-      const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const bool* reads,
-      float scale, const at::Tensor& out, const at::Tensor& lse)
-      : batch_(key.size(0)), kv_heads_(key.size(1)), group_(query.size(1) / kv_heads_),
-        length_(key.size(2)), qk_dim_(query.size(3)), v_dim_(value.size(3)),
+  // `reads` is [batch, kv_heads, length] and contiguous; without it everything is read.
+  Decode(const Inputs& inputs, const std::optional<at::Tensor>& reads, float scale,
+         const Results& results)
+      : kv_heads_(inputs.key.size(1)), heads_(inputs.key.size(0) * kv_heads_),
+        group_(inputs.query.size(1) / kv_heads_), length_(inputs.key.size(2)),
+        qk_dim_(inputs.query.size(3)), v_dim_(inputs.value.size(3)),
         qk_width_(round_up(qk_dim_, 2 * kLanes)), v_width_(round_up(v_dim_, 2 * kLanes)),
-        runs_((length_ + kRunKeys - 1) / kRunKeys), key_(key), value_(value), out_(out),
-        lse_(lse.data_ptr<float>()), reads_(reads), queries_(batch_ * kv_heads_ * group_ * qk_width_),
-        peaks_(batch_ * kv_heads_ * runs_ * group_), totals_(batch_ * kv_heads_ * runs_ * group_),
-        sums_(batch_ * kv_heads_ * runs_ * group_ * v_width_) {
-    const View<T> rows(query);
-    for (int64_t head = 0; head < batch_ * kv_heads_ * group_; ++head) {
-      copy_row(rows.row(head / query.size(1), head % query.size(1), 0), qk_dim_, qk_width_,
-               queries_.get() + head * qk_width_, scale);
+        splits_(round_up(length_, kSplitKeys) / kSplitKeys), key_(inputs.key), value_(inputs.value),
+        out_(results.out), lse_(results.lse.mutable_data_ptr<float>()),
+        reads_(reads.has_value() ? reads->const_data_ptr<bool>() : nullptr),
+        queries_(heads_ * group_ * qk_width_), softmax_(heads_ * splits_ * group_),
+        sums_(heads_ * splits_ * group_ * v_width_) {
+    const View<const T> query(inputs.query);
+    for (int64_t index = 0; index < heads_; ++index) {
+      const Head head = Head::at(index, kv_heads_);
+      for (int64_t g = 0; g < group_; ++g) {
+        copy_row(query.at(head.batch, head.kv_head * group_ + g, 0), qk_dim_, qk_width_,
+                 queries_.get((index * group_ + g) * qk_width_), scale);
+      }
     }
   }
 
   void run() {
-    const int64_t count = batch_ * kv_heads_ * runs_;
-    const auto make = [&] { return Buffer<float>(group_ * kFewKeys); };
-    const auto task = [&](int64_t index, Buffer<float>& scores) { attend(index, scores.get()); };
-    if (batch_ * kv_heads_ * length_ * (qk_dim_ + v_dim_) <= kAlone) {
-      auto scores = make();
+    const int64_t count = heads_ * splits_;
+    const auto make = [&] { return Buffer<float>(group_ * kNearKeys); };
+    const auto task = [&](int64_t index, const Buffer<float>& scores) {
+      attend(Head::at(index / splits_, kv_heads_), index % splits_, scores.get());
+    };
+    if (heads_ * length_ * (qk_dim_ + v_dim_) <= kOneThread) {
+      const auto scores = make();
       for (int64_t index = 0; index < count; ++index) task(index, scores);
     } else {
-      share_out(count, make, task, [] {});
+      run_tasks(count, make, task);
     }
-    for (int64_t head = 0; head < batch_ * kv_heads_; ++head) merge(head);
+    for (int64_t index = 0; index < heads_; ++index) merge(Head::at(index, kv_heads_));
   }
 
  private:
-  // Some keys of one head, which are dealt with together.
-  struct Few {
+  // At most kNearKeys keys of one head.
+  struct Keys {
     const T* key;
     const T* value;
     const bool* reads;
@@ -75,40 +87,42 @@ class Decode {
     bool skips(int64_t i) const { return reads != nullptr && !reads[i]; }
   };
 
-  // A run's weights, relative to its own peak, and what they add up to.
-  void attend(int64_t index, float* scores) {
-    const int64_t head = index / runs_, begin = index % runs_ * kRunKeys;
-    const int64_t end = std::min(begin + kRunKeys, length_);
-    const float* queries = queries_.get() + head * group_ * qk_width_;
-    float* peaks = peaks_.get() + index * group_;
-    float* totals = totals_.get() + index * group_;
-    float* sums = sums_.get() + index * group_ * v_width_;
-    std::fill_n(peaks, group_, -kInfinity);
-    std::fill_n(totals, group_, 0.0f);
+  // Index of a split's state for the first query of a group.
+  int64_t state(const Head& head, int64_t split) const {
+    return (head.index * splits_ + split) * group_;
+  }
+
+  void attend(const Head& head, int64_t split, float* scores) const {
+    const float* queries = queries_.get(head.index * group_ * qk_width_);
+    Softmax* softmax = softmax_.get(state(head, split));
+    float* sums = sums_.get(state(head, split) * v_width_);
+    std::fill_n(softmax, group_, Softmax{});
     std::fill_n(sums, group_ * v_width_, 0.0f);
-    for (int64_t first = begin; first < end; first += kFewKeys) {
-      const Few keys{
-          key_.row(head / kv_heads_, head % kv_heads_, first),
-          value_.row(head / kv_heads_, head % kv_heads_, first),
-          reads_ == nullptr ? nullptr : reads_ + head * length_ + first,
-          std::min(kFewKeys, end - first)};
-      by_few_queries([&]<int64_t N>(int64_t g) {
-        score<N>(queries + g * qk_width_, keys, scores + g * kFewKeys);
+    const int64_t begin = split * kSplitKeys, end = std::min(begin + kSplitKeys, length_);
+    for (int64_t first = begin; first < end; first += kNearKeys) {
+      const Keys keys{
+          .key = key_.at(head, first),
+          .value = value_.at(head, first),
+          .reads = reads_ == nullptr ? nullptr : reads_ + head.index * length_ + first,
+          .count = std::min(kNearKeys, end - first),
+      };
+      for_queries([&]<int64_t N>(int64_t g) {
+        score<N>(queries + g * qk_width_, keys, scores + g * kNearKeys);
       });
       for (int64_t g = 0; g < group_; ++g) {
-        float* of_query = scores + g * kFewKeys;
-        weigh_row<float>(of_query, of_query, keys.count, keys.count, 1.0f, peaks[g], totals[g],
-                         sums + g * v_width_, v_width_);
+        float* of_query = scores + g * kNearKeys;
+        weigh_keys<float>(of_query, 1.0f, keys.count, keys.count, softmax[g],
+                          std::span(sums + g * v_width_, v_width_), of_query);
       }
-      by_few_queries([&]<int64_t N>(int64_t g) {
-        add_values<N>(scores + g * kFewKeys, keys, sums + g * v_width_);
+      for_queries([&]<int64_t N>(int64_t g) {
+        add_values<N>(scores + g * kNearKeys, keys, sums + g * v_width_);
       });
     }
   }
 
   // Queries of a group share what is read of a key: call task<N>(first) for N of them at a time.
   template <typename Task>
-  void by_few_queries(const Task& task) const {
+  void for_queries(const Task& task) const {
     int64_t g = 0;
     for (; g + 4 <= group_; g += 4) task.template operator()<4>(g);
     for (; g + 2 <= group_; g += 2) task.template operator()<2>(g);
@@ -116,7 +130,7 @@ class Decode {
   }
 
   template <int64_t N>
-  void score(const float* queries, const Few& keys, float* scores) const {
+  void score(const float* queries, const Keys& keys, float* scores) const {
     for (int64_t i = 0; i < keys.count; ++i) {
       const T* key = keys.key + i * key_.length_stride;
       // The processor foresees one stream of reads, not that values come next.
@@ -132,14 +146,13 @@ class Decode {
         }
       }
       for (int64_t n = 0; n < N; ++n) {
-        scores[n * kFewKeys + i] = keys.skips(i) ? -kInfinity : at::vec::vec_reduce_all<float>(
-            [](const Vec& x, const Vec& y) { return x + y; }, one[n] + two[n]);
+        scores[n * kNearKeys + i] = keys.skips(i) ? -kInfinity : sum_of(one[n] + two[n]);
       }
     }
   }
 
   template <int64_t N>
-  void add_values(const float* weights, const Few& keys, float* sums) const {
+  void add_values(const float* weights, const Keys& keys, float* sums) const {
     for (int64_t at = 0; at < v_dim_; at += 2 * kLanes) {
       Vec one[N], two[N];
       for (int64_t n = 0; n < N; ++n) {
@@ -151,7 +164,7 @@ class Decode {
         const auto [v_one, v_two] =
             load_two(keys.value + i * value_.length_stride + at, v_dim_ - at);
         for (int64_t n = 0; n < N; ++n) {
-          const Vec weight(weights[n * kFewKeys + i]);
+          const Vec weight(weights[n * kNearKeys + i]);
           one[n] = at::vec::fmadd(weight, v_one, one[n]);
           two[n] = at::vec::fmadd(weight, v_two, two[n]);
         }
@@ -163,45 +176,37 @@ class Decode {
     }
   }
 
-  // The runs of a key head, in their order.
-  void merge(int64_t head) {
+  void merge(const Head& head) const {
     Buffer<float> sum(v_width_);
     for (int64_t g = 0; g < group_; ++g) {
-      float peak = -kInfinity, total = 0.0f;
+      Softmax merged;
+      for (int64_t split = 0; split < splits_; ++split) {
+        const float peak = softmax_[state(head, split) + g].peak;
+        if (!(peak <= merged.peak)) merged.peak = peak;  // Written so that NaN passes.
+      }
       std::fill_n(sum.get(), v_width_, 0.0f);
-      const auto at = [&](int64_t run) { return (head * runs_ + run) * group_ + g; };
-      for (int64_t run = 0; run < runs_; ++run) {
-        const float of_run = peaks_.get()[at(run)];
-        if (!(of_run <= peak)) peak = of_run;  // Written so that NaN passes.
+      for (int64_t split = 0; split < splits_; ++split) {
+        const int64_t at = state(head, split) + g;
+        if (softmax_[at].peak == -kInfinity) continue;
+        const float factor = std::exp(softmax_[at].peak - merged.peak);
+        merged.total += factor * softmax_[at].total;
+        float* sums = sums_.get(at * v_width_);
+        store_row(sums, v_width_, factor, sums);
+        add_row(sums, v_width_, sum.get());
       }
-      for (int64_t run = 0; run < runs_; ++run) {
-        const float of_run = peaks_.get()[at(run)];
-        if (of_run == -kInfinity) continue;
-        const float factor = std::exp(of_run - peak);
-        total += factor * totals_.get()[at(run)];
-        store_row(sums_.get() + at(run) * v_width_, v_width_, factor, sums_.get() + at(run) * v_width_);
-        add_row(sums_.get() + at(run) * v_width_, v_width_, sum.get());
-      }
-      T* out = out_.row(head / kv_heads_, head % kv_heads_ * group_ + g, 0);
-      float& lse = lse_[head * group_ + g];
-      if (peak == -kInfinity) {  // It reads nothing.
-        lse = -kInfinity;
-        std::fill_n(out, v_dim_, T(0));
-      } else if (!std::isfinite(peak)) {
-        lse = kNaN;
-        std::fill_n(out, v_dim_, static_cast<T>(kNaN));
-      } else {
-        lse = peak + std::log(total);
-        store_row(sum.get(), v_dim_, 1 / total, out);
-      }
+      lse_[head.index * group_ + g] = finish_softmax(
+          merged, sum.get(), v_dim_, out_.at(head.batch, head.kv_head * group_ + g, 0));
     }
   }
 
-  int64_t batch_, kv_heads_, group_, length_, qk_dim_, v_dim_, qk_width_, v_width_, runs_;
-  View<T> key_, value_, out_;
+  int64_t kv_heads_, heads_, group_, length_, qk_dim_, v_dim_, qk_width_, v_width_, splits_;
+  View<const T> key_, value_;
+  View<T> out_;
   float* lse_;  // [batch, kv_heads, group]
   const bool* reads_;
-  Buffer<float> queries_, peaks_, totals_, sums_;
+  Buffer<float> queries_;
+  Buffer<Softmax> softmax_;  // [batch, kv_heads, splits, group]
+  Buffer<float> sums_;       // [batch, kv_heads, splits, group, v_width]
 };
 
 }  // namespace colonnade

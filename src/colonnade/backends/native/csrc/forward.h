@@ -1,270 +1,235 @@
-// The forward: tiles of scores, one online softmax over a row's fresh keys and its granules of slots.
+// The forward: tiles of scores, and one online softmax over all keys of a query.
+//
+// Keys come in tiles. Query i starts from a peak m = -∞, a total ℓ = 0 and a row of sums a = 0. A
+// tile with scores s_j = scale · q_i · k_j, for the keys j that the query sees, turns these into
+//
+//     m' = max(m, max_j s_j)        p_j = e^(s_j - m')
+//     ℓ' = e^(m - m') ℓ + Σ_j p_j
+//     a' = e^(m - m') a + Σ_j p_j v_j
+//
+// After the last tile the output is a / ℓ and the log-sum-exp m + log ℓ. In softmax.h m may lag
+// behind the largest score, which changes neither.
+//
+// The keys of a row of the table, and when its queries read them:
+//
+//     slots                                           own keys
+//     | granule | granule | … | granule | left over | key | key | … | key |
+//     '---------- whole granules -------'----------- fresh keys ----------'
+//       read second, by every query;      read first: query i sees the
+//       packed once for a head, and       first visible(i) of them;
+//       shared by its rows                packed for each piece
+//
+// A tile has up to kTileKeys keys of one kind. A granule that is not full ends in zeros, so that
+// nothing of another document or block is multiplied by a weight of 0.
 #pragma once
 
-#include "operands.h"
+#include "softmax.h"
 
 namespace colonnade {
 
 // Queries and keys of a tile of scores.
 constexpr int64_t kTileQueries = 32;
 constexpr int64_t kTileKeys = 512;
-// A row's weights are relative to a peak that may lag behind the largest score by this much: e^8
-// is far from overflow, and the accumulated row is seldom scaled anew.
-constexpr float kSlack = 8.0f;
-
-// Weights of one query over `width` scores, of which it sees the first `live`; peak and total are
-// those of the scores before, `accumulated` what they have added up to.
-template <typename Op>
-void weigh_row(
-    float* scores, Op* weights, int64_t live, int64_t width, float factor, float& peak,
-    float& total, float* accumulated, int64_t accumulated_width) {
-  const Vec nothing(0.0f), low(-kInfinity);
-  float top = -kInfinity;
-  int64_t j = 0;
-  if (live > 0) {
-    Vec one = low, two = low;
-    for (; j + 2 * kLanes <= live; j += 2 * kLanes) {
-      one = at::vec::maximum(one, Vec::loadu(scores + j));
-      two = at::vec::maximum(two, Vec::loadu(scores + j + kLanes));
-    }
-    for (; j < live; j += kLanes) {
-      const Vec last = Vec::loadu(scores + j);
-      one = at::vec::maximum(one, live - j < kLanes ? Vec::set(low, last, live - j) : last);
-    }
-    top = factor * at::vec::vec_reduce_all<float>(
-        [](const Vec& x, const Vec& y) { return at::vec::maximum(x, y); },
-        at::vec::maximum(one, two));
-  }
-  // Written so that NaN passes.
-  if (!(top <= peak + kSlack)) {
-    const float shrink = std::exp(peak - top);
-    total *= shrink;
-    if (accumulated != nullptr) store_row(accumulated, accumulated_width, shrink, accumulated);
-    peak = top;
-  }
-  if (peak == -kInfinity) live = 0;
-  const Vec by(factor), from(-peak);
-  Vec sum_one = nothing, sum_two = nothing;
-  for (j = 0; j + 2 * kLanes <= live; j += 2 * kLanes) {
-    const Vec one = fast_exp<Op>(at::vec::fmadd(Vec::loadu(scores + j), by, from));
-    const Vec two = fast_exp<Op>(at::vec::fmadd(Vec::loadu(scores + j + kLanes), by, from));
-    sum_one = sum_one + one;
-    sum_two = sum_two + two;
-    store_weights<Op>(one, two, weights + j);
-  }
-  for (; j < width; j += 2 * kLanes) {
-    Vec one = nothing, two = nothing;
-    if (j < live) {
-      one = fast_exp<Op>(at::vec::fmadd(Vec::loadu(scores + j), by, from));
-      if (live - j < kLanes) one = Vec::set(nothing, one, live - j);
-    }
-    if (j + kLanes < live) {
-      two = fast_exp<Op>(at::vec::fmadd(Vec::loadu(scores + j + kLanes), by, from));
-      two = Vec::set(nothing, two, live - j - kLanes);
-    }
-    sum_one = sum_one + one;
-    sum_two = sum_two + two;
-    store_weights<Op>(one, two, weights + j);
-  }
-  total += at::vec::vec_reduce_all<float>(
-      [](const Vec& x, const Vec& y) { return x + y; }, sum_one + sum_two);
-}
+// Queries of a piece, counted over all heads of a group. They share packed keys, and their state
+// has to fit into a cache.
+constexpr int64_t kGroupQueries = 1024;
 
 template <typename T, typename Op>
 class Forward {
  public:
-  Forward(
-      const Problem& problem, const at::Tensor& query, const at::Tensor& key,
-      const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse)
-      : problem_(problem), query_(query), key_(key), value_(value), out_(out),
-        lse_(lse.mutable_data_ptr<float>()), qk_width_(padded<Op>(problem.qk_dim)),
-        v_width_(padded<Op>(problem.v_dim)), num_granules_(problem.granules.size()),
-        packed_keys_(problem.batch * problem.kv_heads * num_granules_ * kGranule * qk_width_),
-        packed_values_(problem.batch * problem.kv_heads * num_granules_ * kGranule * v_width_) {
-    // Query tiles of one head and of its group share packed keys; their state has to fit a cache.
-    queries_ = std::clamp<int64_t>(
-        1024 / problem.group / kTileQueries * kTileQueries, kTileQueries, kQueries);
-    for (int64_t row = 0; row < static_cast<int64_t>(problem.rows.size()); ++row) {
-      const int64_t length = problem.rows[row].q_end - problem.rows[row].q_begin;
-      for (int64_t first = 0; first < length; first += queries_) {
-        pieces_.push_back({row, first, std::min(queries_, length - first), 0, 0, 0});
+  Forward(const Problem& problem, const Inputs& inputs, const Results& results)
+      : problem_(problem), query_(inputs.query), key_(inputs.key), value_(inputs.value),
+        out_(results.out), lse_(results.lse.mutable_data_ptr<float>()),
+        qk_width_(padded<Op>(problem.qk_dim)), v_width_(padded<Op>(problem.v_dim)),
+        piece_queries_(
+            std::clamp<int64_t>(kGroupQueries / problem.group / kTileQueries * kTileQueries,
+                                kTileQueries, kPieceQueries)),
+        granules_(problem.num_heads() * problem.num_granules(), qk_width_, v_width_) {
+    for (int64_t index = 0; index < std::ssize(problem.rows); ++index) {
+      const Row& row = problem.rows[index];
+      for (int64_t q = row.q_begin; q < row.q_end; q += piece_queries_) {
+        pieces_.push_back({index, q, std::min(q + piece_queries_, row.q_end)});
       }
     }
-    // Long ones first, so that the threads end together.
+    // Those with most keys come first, so that the threads end together.
     std::reverse(pieces_.begin(), pieces_.end());
   }
 
   void run() {
-    const int64_t heads = problem_.batch * problem_.kv_heads;
     const auto make = [&] { return Scratch(*this); };
-    share_out(heads * num_granules_, make, [&](int64_t index, Scratch& scratch) {
-      pack_granule(index / num_granules_, index % num_granules_, scratch);
-    }, [] {});
-    const int64_t pieces = pieces_.size();
-    // Heads that lie side by side share pages of memory: they take turns.
+    const int64_t heads = problem_.num_heads(), granules = problem_.num_granules();
+    run_tasks(heads * granules, make, [&](int64_t index, Scratch& scratch) {
+      const Head head = problem_.head(index / granules);
+      const int64_t slot = problem_.granule_slots[index % granules];
+      pack(head, kGranule, [&](int64_t i) {
+        return problem_.slot_position(head.kv_head, slot + i);
+      }, granules_[index], scratch);
+    });
+    const int64_t pieces = std::ssize(pieces_);
+    // Heads that lie side by side share pages of memory, so they take turns.
     const int64_t in_turn = query_.head_stride < query_.length_stride ? problem_.kv_heads : 1;
-    share_out(heads * pieces, make, [&](int64_t index, Scratch& scratch) {
-      const int64_t batch_head = index / (in_turn * pieces) * in_turn + index % in_turn;
-      attend(batch_head, pieces_[index / in_turn % pieces], scratch);
+    run_tasks(heads * pieces, make, [&](int64_t index, Scratch& scratch) {
+      const int64_t head = index / (in_turn * pieces) * in_turn + index % in_turn;
+      attend(problem_.head(head), pieces_[index / in_turn % pieces], scratch);
     }, release<Op>);
   }
 
  private:
-  struct Scratch {
-    explicit Scratch(const Forward& f)
-        : rows(kGranule * std::max(f.qk_width_, f.v_width_)), keys(kTileKeys * f.qk_width_),
-          values(kTileKeys * f.v_width_), queries(f.stacked() * f.qk_width_),
-          scores(kTileQueries * kTileKeys),
-          weights(kPair<Op> == 2 ? kTileQueries * kTileKeys : 0),
-          accumulated(f.stacked() * f.v_width_), peak(f.stacked()), total(f.stacked()),
-          started(f.problem_.group * f.queries_ / kTileQueries) {}
-    Buffer<Op> rows, keys, values, queries;
-    Buffer<float> scores;
-    Buffer<Op> weights;
-    Buffer<float> accumulated, peak, total;
-    Buffer<bool> started;
+  // A granule as right-hand operands: keys [qk_width / pair][64][pair] to be multiplied by queries,
+  // values [64 / pair][v_width][pair] to be multiplied by weights.
+  struct Granule {
+    Op* keys;
+    Op* values;
   };
 
-  int64_t stacked() const { return problem_.group * queries_; }
+  // Granules one after the other. The values of several are one operand.
+  class Granules {
+   public:
+    Granules(int64_t count, int64_t qk_width, int64_t v_width)
+        : qk_width_(qk_width), v_width_(v_width), keys_(count * kGranule * qk_width),
+          values_(count * kGranule * v_width) {}
 
-  // Up to kGranule keys and values, at the positions that `position` gives, zeros behind them.
-  template <typename Position>
-  void pack(
-      int64_t batch, int64_t head, int64_t count, const Position& position, Op* rows, Op* keys,
-      Op* values) const {
-    const int64_t rounded = round_up(count, kStep);
-    copy_rows(count, [&](int64_t i) { return key_.row(batch, head, position(i)); },
-              problem_.qk_dim, qk_width_, rows);
-    pack_transposed(rows, rounded, qk_width_, keys, kGranule);
-    copy_rows(count, [&](int64_t i) { return value_.row(batch, head, position(i)); },
-              problem_.v_dim, v_width_, rows);
-    pack_pairs(rows, rounded, v_width_, v_width_, values, v_width_);
-  }
-
-  void pack_granule(int64_t batch_head, int64_t granule, Scratch& scratch) {
-    const int64_t batch = batch_head / problem_.kv_heads, head = batch_head % problem_.kv_heads;
-    const int64_t at = (batch_head * num_granules_ + granule) * kGranule;
-    pack(batch, head, kGranule, [&](int64_t i) {
-      return problem_.key_position(head, problem_.granules[granule] + i);
-    }, scratch.rows.get(), packed_keys_.get() + at * qk_width_, packed_values_.get() + at * v_width_);
-  }
-
-  void attend(int64_t batch_head, const Piece& where, Scratch& scratch) {
-    const int64_t batch = batch_head / problem_.kv_heads, head = batch_head % problem_.kv_heads;
-    const Row& row = problem_.rows[where.row];
-    const Piece piece =
-        problem_.piece(where.row, head, where.first_query, where.num_queries);
-    begin(batch, head, row, piece, scratch);
-
-    const int64_t fresh = piece.visible(piece.num_queries - 1);
-    for (int64_t first = 0; first < fresh; first += kTileKeys) {
-      const int64_t count = std::min(kTileKeys, fresh - first);
-      for (int64_t done = 0; done < count; done += kGranule) {
-        pack(batch, head, std::min(kGranule, count - done), [&](int64_t i) {
-          return problem_.fresh_position(row, head, piece, first + done + i);
-        }, scratch.rows.get(), scratch.keys.get() + done * qk_width_,
-            scratch.values.get() + done * v_width_);
-      }
-      tile(piece, scratch.keys.get(), scratch.values.get(), count, first, scratch);
+    Granule operator[](int64_t index) const {
+      return {.keys = keys_.get(index * kGranule * qk_width_),
+              .values = values_.get(index * kGranule * v_width_)};
     }
-    const int64_t whole = problem_.whole_granules(row);
+
+   private:
+    int64_t qk_width_, v_width_;
+    Buffer<Op> keys_, values_;
+  };
+
+  // What a thread works on: a tile, and the state of the queries of one piece.
+  struct Scratch {
+    explicit Scratch(const Forward& f)
+        : rows(kGranule * std::max(f.qk_width_, f.v_width_)),
+          fresh(kTileKeys / kGranule, f.qk_width_, f.v_width_),
+          queries(f.num_states() * f.qk_width_), scores(kTileQueries * kTileKeys),
+          weights(kPair<Op> == 2 ? kTileQueries * kTileKeys : 0),
+          accumulated(f.num_states() * f.v_width_), softmax(f.num_states()),
+          started(f.num_states() / kTileQueries) {}
+
+    Buffer<Op> rows;  // keys or values of a granule before they are packed
+    Granules fresh;
+    Buffer<Op> queries;
+    Buffer<float> scores;
+    Buffer<Op> weights;
+    Buffer<float> accumulated;
+    Buffer<Softmax> softmax;
+    Buffer<bool> started;  // whether a tile's queries have accumulated anything
+  };
+
+  // Room for the queries of a piece in every head of a group: query i of head g has number
+  // g · piece_queries_ + i.
+  int64_t num_states() const { return problem_.group * piece_queries_; }
+
+  // Pack up to kGranule keys and values of a head, at the positions that `position` gives.
+  template <typename Position>
+  void pack(const Head& head, int64_t count, const Position& position, const Granule& granule,
+            const Scratch& scratch) const {
+    const int64_t rounded = round_up(count, kStep);
+    Op* rows = scratch.rows.get();
+    copy_rows(count, [&](int64_t i) { return key_.at(head, position(i)); }, problem_.qk_dim,
+              qk_width_, rows);
+    pack_transposed(rows, rounded, qk_width_, granule.keys, kGranule);
+    copy_rows(count, [&](int64_t i) { return value_.at(head, position(i)); }, problem_.v_dim,
+              v_width_, rows);
+    pack_pairs<Op>(rounded, v_width_, {rows, v_width_}, {granule.values, v_width_});
+  }
+
+  void attend(const Head& head, const Piece& piece, Scratch& scratch) const {
+    const Row& row = problem_.rows[piece.row];
+    load_queries(head, piece, scratch);
+    const FreshKeys fresh(problem_, piece, head);
+    for (int64_t first = 0; first < fresh.count; first += kTileKeys) {
+      const int64_t count = std::min(kTileKeys, fresh.count - first);
+      for (int64_t done = 0; done < count; done += kGranule) {
+        pack(head, std::min(kGranule, count - done), [&](int64_t i) {
+          return fresh.position(first + done + i);
+        }, scratch.fresh[done / kGranule], scratch);
+      }
+      tile(piece, scratch.fresh[0], [&](int64_t query) {
+        return std::clamp<int64_t>(fresh.visible(query) - first, 0, count);
+      }, scratch);
+    }
+    const int64_t whole = row.num_whole_granules();
+    const int64_t granules =
+        head.index * problem_.num_granules() + problem_.first_granule[piece.row];
     for (int64_t first = 0; first < whole; first += kTileKeys / kGranule) {
       const int64_t count = std::min(kTileKeys / kGranule, whole - first) * kGranule;
-      const int64_t at =
-          (batch_head * num_granules_ + problem_.first_granule[piece.row] + first) * kGranule;
-      tile(piece, packed_keys_.get() + at * qk_width_, packed_values_.get() + at * v_width_, count,
-           kAllVisible, scratch);
+      tile(piece, granules_[granules + first], [&](int64_t) { return count; }, scratch);
     }
-    finish(batch, head, row, piece, scratch);
+    store_results(head, piece, scratch);
   }
 
-  static constexpr int64_t kAllVisible = -1;
-
-  void begin(int64_t batch, int64_t head, const Row& row, const Piece& piece, Scratch& scratch) {
+  void load_queries(const Head& head, const Piece& piece, Scratch& scratch) const {
     // The sign of the scale goes into the queries, so that the largest product is the largest
     // score; in float32 all of it does.
-    const float factor = kPair<Op> == 1 ? problem_.scale : float((problem_.scale > 0) - (problem_.scale < 0));
+    const float sign = float((problem_.scale > 0) - (problem_.scale < 0));
+    const float factor = kPair<Op> == 1 ? problem_.scale : sign;
     for (int64_t g = 0; g < problem_.group; ++g) {
-      const int64_t q_head = head * problem_.group + g;
-      copy_rows(piece.num_queries, [&](int64_t i) {
-        return query_.row(batch, q_head, row.q_begin + piece.first_query + i);
-      }, problem_.qk_dim, qk_width_, scratch.queries.get() + g * queries_ * qk_width_, factor);
+      const int64_t q_head = problem_.q_head(head, g);
+      copy_rows(piece.num_queries(), [&](int64_t i) {
+        return query_.at(head.batch, q_head, piece.q_begin + i);
+      }, problem_.qk_dim, qk_width_, scratch.queries.get(g * piece_queries_ * qk_width_), factor);
     }
-    std::fill_n(scratch.peak.get(), stacked(), -kInfinity);
-    std::fill_n(scratch.total.get(), stacked(), 0.0f);
-    std::fill_n(scratch.started.get(), stacked() / kTileQueries, false);
+    std::fill_n(scratch.softmax.get(), num_states(), Softmax{});
+    std::fill_n(scratch.started.get(), num_states() / kTileQueries, false);
   }
 
-  // One tile of keys for all queries of the piece. Fresh keys count from `first_fresh`.
-  void tile(
-      const Piece& piece, const Op* keys, const Op* values, int64_t count, int64_t first_fresh,
-      Scratch& scratch) {
+  // A tile of the keys of granule `first` and of those behind it, for all queries of a piece. Query
+  // i sees the first visible(i) of them.
+  template <typename Visible>
+  void tile(const Piece& piece, const Granule& first, const Visible& visible,
+            Scratch& scratch) const {
     const float factor = kPair<Op> == 1 ? 1.0f : std::abs(problem_.scale);
     float* scores = scratch.scores.get();
-    const auto seen = [&](int64_t query) {
-      return first_fresh == kAllVisible
-          ? count : std::clamp<int64_t>(piece.visible(query) - first_fresh, 0, count);
-    };
+    Op* weights = paired_or(scratch.weights, scratch.scores);
     for (int64_t g = 0; g < problem_.group; ++g) {
-      for (int64_t q = 0; q < piece.num_queries; q += kTileQueries) {
-        const int64_t queries = std::min(kTileQueries, piece.num_queries - q);
-        const int64_t rows = round_up(queries, kStep);
-        const int64_t width = round_up(seen(q + queries - 1), kStep);
+      for (int64_t q = 0; q < piece.num_queries(); q += kTileQueries) {
+        const int64_t queries = std::min(kTileQueries, piece.num_queries() - q);
+        const int64_t rounded = round_up(queries, kStep);
+        const int64_t width = round_up(visible(q + queries - 1), kStep);
         if (width == 0) continue;
-        const int64_t at = g * queries_ + q;
-        const Op* of_queries = scratch.queries.get() + at * qk_width_;
+        const int64_t state = g * piece_queries_ + q;
         for (int64_t j = 0; j < width; j += kGranule) {
-          multiply(rows, std::min(kGranule, width - j), qk_width_, of_queries, qk_width_,
-                   keys + j * qk_width_, kGranule, scores + j, kTileKeys, false);
+          multiply<Op>({rounded, std::min(kGranule, width - j), qk_width_},
+                       {scratch.queries.get(state * qk_width_), qk_width_},
+                       {first.keys + j * qk_width_, kGranule}, {scores + j, kTileKeys});
         }
-        Op* weights;
-        if constexpr (kPair<Op> == 1) {
-          weights = scores;
-        } else {
-          weights = scratch.weights.get();
-        }
-        float* accumulated = scratch.accumulated.get() + at * v_width_;
-        bool& started = scratch.started.get()[at / kTileQueries];
+        float* accumulated = scratch.accumulated.get(state * v_width_);
+        bool& started = scratch.started[state / kTileQueries];
         for (int64_t i = 0; i < queries; ++i) {
-          weigh_row<Op>(
-              scores + i * kTileKeys, weights + i * kTileKeys, seen(q + i), width, factor,
-              scratch.peak.get()[at + i], scratch.total.get()[at + i],
-              started ? accumulated + i * v_width_ : nullptr, v_width_);
+          weigh_keys<Op>(
+              scores + i * kTileKeys, factor, visible(q + i), width, scratch.softmax[state + i],
+              started ? std::span(accumulated + i * v_width_, v_width_) : std::span<float>(),
+              weights + i * kTileKeys);
         }
-        multiply(rows, v_width_, width, weights, kTileKeys, values, v_width_, accumulated, v_width_,
-                 started);
+        multiply<Op>({rounded, v_width_, width}, {weights, kTileKeys}, {first.values, v_width_},
+                     {accumulated, v_width_}, /*add=*/started);
         started = true;
       }
     }
   }
 
-  void finish(int64_t batch, int64_t head, const Row& row, const Piece& piece, Scratch& scratch) {
+  void store_results(const Head& head, const Piece& piece, const Scratch& scratch) const {
     for (int64_t g = 0; g < problem_.group; ++g) {
-      for (int64_t i = 0; i < piece.num_queries; ++i) {
-        const int64_t at = g * queries_ + i, q_head = head * problem_.group + g;
-        const int64_t position = row.q_begin + piece.first_query + i;
-        const float peak = scratch.peak.get()[at], total = scratch.total.get()[at];
-        T* out = out_.row(batch, q_head, position);
-        float& lse = lse_[(batch * problem_.q_heads + q_head) * problem_.q_len + position];
-        if (peak == -kInfinity) {  // It reads nothing.
-          std::fill_n(out, problem_.v_dim, T(0));
-          lse = -kInfinity;
-        } else if (!std::isfinite(peak)) {  // NaN or infinity among its scores.
-          std::fill_n(out, problem_.v_dim, static_cast<T>(kNaN));
-          lse = kNaN;
-        } else {
-          store_row(scratch.accumulated.get() + at * v_width_, problem_.v_dim, 1 / total, out);
-          lse = peak + std::log(total);
-        }
+      const int64_t q_head = problem_.q_head(head, g);
+      for (int64_t i = 0; i < piece.num_queries(); ++i) {
+        const int64_t state = g * piece_queries_ + i, position = piece.q_begin + i;
+        lse_[problem_.lse_index(head.batch, q_head, position)] =
+            finish_softmax(scratch.softmax[state], scratch.accumulated.get(state * v_width_),
+                           problem_.v_dim, out_.at(head.batch, q_head, position));
       }
     }
   }
 
   const Problem& problem_;
-  View<T> query_, key_, value_, out_;
+  View<const T> query_, key_, value_;
+  View<T> out_;
   float* lse_;
-  int64_t qk_width_, v_width_, num_granules_, queries_;
-  Buffer<Op> packed_keys_, packed_values_;
+  int64_t qk_width_, v_width_, piece_queries_;
+  Granules granules_;
   std::vector<Piece> pieces_;
 };
 

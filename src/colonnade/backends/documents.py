@@ -1,0 +1,81 @@
+"""Packed documents: their lengths, and how equal ones become a batch where there is no plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from colonnade.backends.tracing.memo import remembered
+from colonnade.shapes import CuSeqlens
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The lengths of documents that lie one after the other, on the CPU; equal to itself alone."""
+
+    lengths: Int[Tensor, " documents"]
+
+
+@remembered
+def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
+    """Look into cu_seqlens, once for all layers that are handed it.
+
+    Raises:
+        ValueError: cu_seqlens does not start at 0, decreases, or does not end at `total`.
+    """
+    ends = cu_seqlens.to("cpu", torch.long)
+    lengths = ends.diff()
+    if ends[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got cu_seqlens[0]={ends[0]}.")
+    if (lengths < 0).any():
+        document = int((lengths < 0).nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens must not decrease, got cu_seqlens[{document}]={ends[document]} and "
+            f"cu_seqlens[{document + 1}]={ends[document + 1]}."
+        )
+    if ends[-1] != total:
+        raise ValueError(
+            "cu_seqlens must end at the number of tokens, got "
+            f"cu_seqlens[-1]={ends[-1]} for {total} tokens."
+        )
+    return Documents(lengths)
+
+
+def by_documents(
+    attend: Callable[..., tuple[Tensor, ...]], cu_seqlens: CuSeqlens | None, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Run packed documents through a function that knows sequences only: equal lengths as a batch.
+
+    Tensors and results are [1, heads, total, …]; `attend` gets and gives [documents, heads,
+    length, …]. Without cu_seqlens it is called as it is.
+    """
+    if cu_seqlens is None:
+        return attend(*tensors)
+    batches, back = _batches(documents_of(cu_seqlens, tensors[0].shape[2]), tensors[0].device)
+    found = []
+    for index in batches:
+        results = attend(*(t[0][:, index].transpose(0, 1) for t in tensors))
+        found.append([t.transpose(0, 1).flatten(1, 2) for t in results])
+    return tuple(torch.cat(parts, 1)[:, back][None] for parts in zip(*found, strict=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _batches(documents: Documents, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """[documents, length] positions for each length, and the order that undoes this sorting."""
+    begins: dict[int, list[int]] = {}
+    begin = 0
+    for length in documents.lengths.tolist() or [0]:
+        begins.setdefault(length, []).append(begin)
+        begin += length
+    with torch.inference_mode(False), torch.device("cpu"):
+        batches = [
+            torch.tensor(of_length)[:, None] + torch.arange(length)
+            for length, of_length in begins.items()
+        ]
+        back = torch.cat([index.flatten() for index in batches]).argsort()
+        return [index.to(device) for index in batches], back.to(device)
