@@ -54,7 +54,8 @@ def random_model(
     dtype: torch.dtype = torch.float64, **changes: Any
 ) -> SparseTransformerForCausalLM:
     """Return a model whose output head is not zero, so that its logits say something."""
-    model = SparseTransformerForCausalLM(small_config(**changes)).to(dtype).eval()
+    model = SparseTransformerForCausalLM(small_config(**changes))
+    torch.nn.Module.to(model.eval(), dtype)
     torch.nn.init.normal_(model.lm_head.weight)
     for parameter in model.model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -23,7 +23,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 GREEDY: dict[str, Any] = {"max_new_tokens": 20, "pad_token_id": 0}
 
 
-def _model(name: str) -> PreTrainedModel:
+def _model(name: str) -> Any:
     """Ours in one of its settings, with room for 80 positions; or another, retrofitted."""
     if name in SETTINGS:
         return random_model(max_position_embeddings=96, **SETTINGS[name])
@@ -92,7 +92,7 @@ def test_an_assistant_guesses_and_is_corrected(name: str) -> None:
     assistant = _model(name)
     with torch.no_grad():
         for parameter in assistant.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(0.02 * torch.randn_like(parameter))
     ids = prompts(1, 21)
     alone = _generate(model, ids, past_key_values=DynamicCache())
     assisted = _generate(

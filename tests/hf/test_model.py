@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,9 @@ from tests.oracle import (
     strided_set,
 )
 
-MERGED = {"stride": 8, "summary": 2, "subblocks": 2}
-
 
 def _fixed(kv_heads: int, part: str) -> Tensor:
-    return fixed_mask(29, kv_heads, **MERGED, part=part)
+    return fixed_mask(29, kv_heads, stride=8, summary=2, subblocks=2, part=part)
 
 
 def _strided(kv_heads: int, part: str) -> Tensor:
@@ -193,7 +192,7 @@ def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -
     """The model has no second way: what it runs is `colonnade.attention`."""
     seen = []
 
-    def spy(*args: object, **kwargs: object) -> object:
+    def spy(*args: Any, **kwargs: Any) -> object:
         seen.append(args[3])
         return col.attention(*args, **kwargs)
 

@@ -27,7 +27,7 @@ SHAPES = [
 ]
 
 
-def _layer(pattern: Pattern | tuple[Pattern, ...], **sizes: int) -> SelfAttention:
+def _layer(pattern: Pattern | tuple[Pattern, ...], **sizes: Any) -> SelfAttention:
     return SelfAttention(pattern=pattern, **sizes).double()
 
 
@@ -179,7 +179,7 @@ def test_a_pattern_is_a_pattern(pattern: Any) -> None:
         ({"embed_dim": 8, "num_heads": 2, "qk_dim": "4"}, TypeError, "qk_dim='4'"),
     ],
 )
-def test_bad_sizes(sizes: dict[str, int], error: type[Exception], message: str) -> None:
+def test_bad_sizes(sizes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SelfAttention(pattern=FixedPattern(4, 1), **sizes)
 

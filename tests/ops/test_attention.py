@@ -18,7 +18,6 @@ from colonnade import (
     LocalPattern,
     Pattern,
     StridedPattern,
-    attention,
 )
 from colonnade.backends import eager
 from colonnade.backends.eager import fixed, full
@@ -152,8 +151,8 @@ def test_where_the_dense_kernel_runs(
 
     monkeypatch.setattr(full, "scaled_dot_product_attention", record)
     case = replace(Case(FullPattern(), v_dim=4), **changes)
-    query, key, value = case.inputs(dtype)[:3]
-    attention(query, key, value, case.pattern, return_lse=return_lse, backend="eager")
+    run = both if return_lse else output
+    run(*case.inputs(dtype)[:3], case.pattern, "eager")
     assert len(runs) == dense
 
 

@@ -236,7 +236,9 @@ def test_mistakes_are_met_before_anything_large_is_made(
     dtype = changes.pop("dtype", torch.float32)
     for name in shapes:
         shapes[name] = changes.pop(name, shapes[name])
-    tensors = {n: torch.zeros((), dtype=dtype).expand(shape) for n, shape in shapes.items()}
+    tensors: dict[str, Any] = {
+        n: torch.zeros((), dtype=dtype).expand(shape) for n, shape in shapes.items()
+    }
     with pytest.raises(error):
         attention(**({**tensors, "pattern": FIXED} | changes))
 
