@@ -259,7 +259,7 @@ def both(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp."""
-    pair = attention(
+    return attention(
         query,
         key,
         value,
@@ -269,8 +269,6 @@ def both(
         return_lse=True,
         backend=backend,
     )
-    assert isinstance(pair, tuple)
-    return pair
 
 
 def output(
@@ -283,9 +281,7 @@ def output(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Return the output of a call that asks for no log-sum-exp."""
-    out = attention(query, key, value, pattern, scale=scale, dropout_p=dropout_p, backend=backend)
-    assert isinstance(out, Tensor)
-    return out
+    return attention(query, key, value, pattern, scale=scale, dropout_p=dropout_p, backend=backend)
 
 
 def backpropagate(pair: tuple[Tensor, Tensor], leaves: Leaves, inputs: Inputs) -> Results:

@@ -23,30 +23,35 @@ def fixed_set(
     part: str = "merged",
     causal: bool = True,
 ) -> set[int]:
-    """Return the positions that position i of n reads."""
-    g = head - subblocks * (head // subblocks)
-    candidates = [j for j in range(n) if j <= i or not causal]
-    own = {j for j in candidates if math.floor(j / stride) == math.floor(i / stride)}
-    columns = set(range(stride - (g + 1) * summary, stride - g * summary))
-    summaries = {j for j in candidates if j - stride * math.floor(j / stride) in columns}
-    return {"merged": own | summaries, "local": own, "summary": summaries}[part]
+    """Return the positions that position i of n reads.
+
+    Block b is the positions [b·stride, (b+1)·stride), and sub-block g its columns
+    [stride - (g+1)·summary, stride - g·summary).
+    """
+    g = head - subblocks * math.floor(head / subblocks)
+    begin = stride * math.floor(i / stride)
+    own = set(range(begin, begin + stride))
+    columns = range(stride - (g + 1) * summary, stride - g * summary)
+    summaries = {block + column for block in range(0, n, stride) for column in columns}
+    read = {"merged": own | summaries, "local": own, "summary": summaries}[part]
+    return read & full_set(i, n, causal)
 
 
 def strided_set(i: int, n: int, stride: int, part: str = "merged") -> set[int]:
     """Return the positions that position i of n reads; the paper's A1 has stride + 1 keys."""
     local = set(range(max(0, i - stride), i + 1))
-    column = {i - stride * steps for steps in range(n)} & set(range(n))
+    column = set(range(i, -1, -stride))
     return {"merged": local | column, "local": local, "summary": column}[part]
 
 
 def local_set(i: int, n: int, window: int) -> set[int]:
     """Return the positions that position i of n reads."""
-    return {j for j in range(n) if i - window < j <= i}
+    return set(range(max(0, i - window + 1), i + 1))
 
 
 def full_set(i: int, n: int, causal: bool = True) -> set[int]:
     """Return the positions that position i of n reads."""
-    return {j for j in range(n) if j <= i or not causal}
+    return set(range(i + 1 if causal else n))
 
 
 def mask_of_sets(n: int, heads: int, read: Callable[[int, int], set[int]]) -> Tensor:

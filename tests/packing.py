@@ -45,15 +45,12 @@ def packed(
     value: Tensor,
     cu_seqlens: Tensor,
     pattern: Pattern,
-    *,
-    return_lse: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return output and log-sum-exp of `attention_varlen`, in the layout of `attention`."""
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    found = attention_varlen(
-        query, key, value, cu_seqlens, pattern, return_lse=return_lse, **options
-    )
+    options = {"return_lse": True, **options}
+    found = attention_varlen(query, key, value, cu_seqlens, pattern, **options)
     out, lse = found if isinstance(found, tuple) else (found, None)
     return out.transpose(0, 1)[None], None if lse is None else lse[None]
 

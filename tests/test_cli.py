@@ -5,6 +5,7 @@ What may die, or must not have imported anything yet, runs in processes of its o
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def test_resuming_gives_the_losses_of_an_unbroken_run(
         env=ENVIRONMENT,
     )
     seen = b""
-    assert process.stdout is not None
+    assert isinstance(process.stdout, io.BufferedReader)
     # A checkpoint is written every 4 steps; the 9th step's log comes after the second.
     while seen.count(b"bits_per_byte") < 9:
         piece = process.stdout.read1(4096)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,41 +14,30 @@ from hypothesis import strategies as st
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
 from colonnade.cost import Cost, Sizes, comparison, cost, num_kept
 from tests import oracle
+from tests.cases import PARTS, set_of
 
-Sets = Callable[[int, int, int], set[int]]
-"""(i, n, head) → what i of n reads."""
 SIZES = Sizes(heads=6, kv_heads=3, width=24, qk_width=12, layers=5, batch=2, dtype="bfloat16")
 ONE = Sizes(heads=1, kv_heads=1, width=64, qk_width=64)
 
 
-def small_patterns() -> dict[str, tuple[Pattern, Sets]]:
-    """Every part of each pattern, with the sets that it stands for."""
-    found: dict[str, tuple[Pattern, Sets]] = {
-        "local": (LocalPattern(3), lambda i, n, head: oracle.local_set(i, n, 3)),
-        "full": (FullPattern(), lambda i, n, head: oracle.full_set(i, n)),
-    }
-    for part in ("merged", "local", "summary"):
-        found[f"strided {part}"] = (
-            StridedPattern(4, part),
-            lambda i, n, head, part=part: oracle.strided_set(i, n, 4, part),
-        )
-        for stride, summary, subblocks in [(1, 1, 1), (4, 1, 1), (4, 4, 1), (5, 2, 2), (6, 2, 3)]:
-            found[f"fixed {stride} {summary} {subblocks} {part}"] = (
-                FixedPattern(stride, summary, subblocks, part),
-                lambda i, n, head, of=(stride, summary), s=subblocks, part=part: oracle.fixed_set(
-                    i, n, *of, head, s, part
-                ),
-            )
-    return found
+PATTERNS: list[Pattern] = [
+    LocalPattern(3),
+    FullPattern(),
+    *(StridedPattern(4, part) for part in PARTS),
+    *(
+        FixedPattern(stride, summary, subblocks, part)
+        for stride, summary, subblocks in [(1, 1, 1), (4, 1, 1), (4, 4, 1), (5, 2, 2), (6, 2, 3)]
+        for part in PARTS
+    ),
+]
+"""Every part of each pattern."""
+each_small_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 
-PATTERNS = small_patterns()
-
-
-def most_held(sets: Sets, length: int, head: int) -> int:
-    """A decoder that drops a position as soon as no query reads it any more."""
+def most_kept(pattern: Pattern, length: int, head: int) -> int:
+    """Return the most that a decoder keeps which drops a position as soon as nothing reads it."""
     horizon = length + 20  # Longer than two strides: it sees every position that is still read.
-    reads = [sets(i, horizon, head) for i in range(horizon)]
+    reads = [set_of(pattern, i, horizon, head) for i in range(horizon)]
     most = 0
     for step in range(length):
         wanted = set().union(*reads[step:])
@@ -57,24 +45,23 @@ def most_held(sets: Sets, length: int, head: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-def test_entries_are_those_of_a_decoder(name: str) -> None:
-    pattern, sets = PATTERNS[name]
+@each_small_pattern
+def test_entries_are_those_of_a_decoder(pattern: Pattern) -> None:
     for head in range(3):
         for length in range(20):
-            assert num_kept(pattern, length, head) == most_held(sets, length, head)
+            assert num_kept(pattern, length, head) == most_kept(pattern, length, head)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-def test_a_cache_keeps_as_many(name: str) -> None:
+@each_small_pattern
+def test_a_cache_keeps_as_many(pattern: Pattern) -> None:
     """Of part "summary" it keeps the open block whole, of strided patterns everything.
 
     A window is moved once in as many tokens; until then its cache holds up to twice as much.
     """
-    pattern, _ = PATTERNS[name]
     cache, widest, stored = KVCache(pattern), 0, 0
     for length in range(1, 41):
-        keys, _ = cache.append(*torch.zeros(2, 1, 2, 1, 1))
+        key, value = torch.zeros(2, 1, 2, 1, 1)
+        keys, _ = cache.append(key, value)
         widest = max(widest, keys.shape[2])
         stored = max(stored, cache.num_stored)
         most = max(num_kept(pattern, length, head) for head in range(2))
@@ -87,29 +74,29 @@ def test_a_cache_keeps_as_many(name: str) -> None:
         assert stored <= widest
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-def test_pairs_work_and_bytes_are_counted_head_by_head(name: str) -> None:
+@each_small_pattern
+def test_pairs_work_and_bytes_are_counted_head_by_head(pattern: Pattern) -> None:
     """One query head at a time, one pair at a time."""
-    pattern, sets = PATTERNS[name]
     length = 17
-    pairs, forward, backward, held = 0, 0, 0, 0
+    pairs, forward, backward, kept = 0, 0, 0, 0
     for head in range(SIZES.heads):
         for i in range(length):
-            for _ in sets(i, length, head // 2):
+            for _ in set_of(pattern, i, length, head // 2):
                 pairs += 1
                 forward += 2 * (2 + 4)  # q·k, p·v
                 backward += 2 * (2 + 4 + 4 + 2 + 2)  # q·k, dp, dv, dq, dk
     for head in range(SIZES.kv_heads):
-        held += most_held(sets, length, head)
+        kept += most_kept(pattern, length, head)
     got = cost(pattern, length, SIZES)
     assert got.pairs == pairs
     assert got.pairs_per_kv_head == tuple(
-        sum(len(sets(i, length, head)) for i in range(length)) for head in range(SIZES.kv_heads)
+        sum(len(set_of(pattern, i, length, head)) for i in range(length))
+        for head in range(SIZES.kv_heads)
     )
     assert got.share_of_full == pytest.approx(pairs / (6 * 17 * 18 / 2))
     assert (got.forward_flops, got.backward_flops) == (forward * 10, backward * 10)
-    assert got.cache_entries == max(most_held(sets, length, head) for head in range(3))
-    assert got.cache_bytes == held * (2 + 4) * 2 * 10
+    assert got.cache_entries == max(most_kept(pattern, length, head) for head in range(3))
+    assert got.cache_bytes == kept * (2 + 4) * 2 * 10
 
 
 @given(stride=st.integers(1, 12), length=st.integers(1, 40), head=st.integers(0, 3), data=st.data())
@@ -230,9 +217,11 @@ def test_what_has_no_cost(pattern: Pattern, length: int, message: str) -> None:
 
 @pytest.mark.plain
 def test_wrong_types() -> None:
+    length: Any = 8.0
     with pytest.raises(TypeError, match="seq_len must be an int"):
-        cost(FullPattern(), 8.0, ONE)
+        cost(FullPattern(), length, ONE)
     with pytest.raises(TypeError, match="heads must be an int, got heads=True"):
         replace(SIZES, heads=True)
+    pattern: Any = "full"
     with pytest.raises(TypeError, match="one of this package's, got str"):
-        num_kept("full", 8)
+        num_kept(pattern, 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def test_a_wrong_result_is_found_and_can_be_repeated(
     """A thousandth off in the output of one backend."""
     attend = eager.attend
 
-    def wrong(*arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def wrong(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, lse = attend(*arguments)
         return out * 1.001, lse
 

@@ -30,6 +30,7 @@ from tests.cases import (
     backpropagate,
     both,
     each_pattern,
+    output,
 )
 
 
@@ -71,8 +72,7 @@ def test_auto_takes_native_where_it_runs(pattern: Pattern, dtype: torch.dtype) -
     suits = isinstance(pattern, FixedPattern) and pattern.causal
     name = "native" if suits else "eager"
     assert explain(*inputs, pattern).backend == name
-    by_itself, by_name = (attention(*inputs, pattern, backend=b) for b in ("auto", name))
-    assert torch.equal(by_itself, by_name)
+    assert torch.equal(*(output(*inputs, pattern, backend) for backend in ("auto", name)))
 
 
 class _Drawn:
@@ -127,7 +127,7 @@ def test_meta_tensors_give_shapes(backend: str, pattern: Pattern) -> None:
     """To learn a model's shapes without memory, as transformers and accelerate do."""
     query, key, value = (torch.empty(2, heads, 13, 4, device="meta") for heads in (4, 2, 2))
     out, lse = both(query, key, value, pattern, backend)
-    alone = attention(query, key, value, pattern, backend=backend)
+    alone = output(query, key, value, pattern, backend)
     assert out.shape == alone.shape == (2, 4, 13, 4)
     assert lse.shape == (2, 4, 13)
     assert out.device.type == "meta"
@@ -217,9 +217,7 @@ def test_compiled_full_attention_without_the_lse(causal: bool) -> None:
     case = Case(FullPattern(causal), v_dim=4)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = attention(query, key, value, case.pattern, backend="eager")
-        assert isinstance(out, Tensor)
-        return out
+        return output(query, key, value, case.pattern, "eager")
 
     query, key, value = case.inputs(torch.float32)[:3]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

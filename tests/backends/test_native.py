@@ -27,7 +27,6 @@ from tests.cases import (
     both,
     cases,
     fixed_patterns,
-    mask_of,
     output,
 )
 from tests.layouts import LAYOUTS, laid_out
@@ -54,7 +53,7 @@ LARGE = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(case=cases(pattern=fixed_patterns(causal=True)))
 def test_short_sequences_against_the_definition(case: Case) -> None:
     inputs = case.inputs(torch.float32)
@@ -81,7 +80,7 @@ def test_single_precision_is_good_to_two_in_a_million(n: int) -> None:
     """Normal numbers at the usual scale: output and every gradient."""
     case = Case(FixedPattern(128, 8), 1, 2, 2, n, n, 64, 64, 0.125)
     inputs = case.inputs(torch.float32)
-    expected = attend(case, inputs.double(), "reference")
+    expected = attend(case, inputs.double(), "eager")
     for found, true in zip(attend(case, inputs, "native"), expected, strict=True):
         assert _distance(found, true) < 2e-6
 
@@ -103,7 +102,7 @@ def test_bfloat16_is_as_good_as_pytorchs_own(case: Case) -> None:
     inputs = inputs._replace(grad_lse=torch.zeros_like(inputs.grad_lse))
     expected = attend(case, inputs.double(), "reference")
     found = attend(case, inputs, "native")
-    mask = mask_of(case.pattern, case.kv_len, case.kv_heads)[:, case.kv_len - case.q_len :]
+    mask = case.mask()
     leaves = inputs.leaves()
     out = scaled_dot_product_attention(
         leaves[0],
@@ -135,13 +134,16 @@ def test_documents_of_many_granules(lengths: list[int], part: Any) -> None:
     check_documents(Case(FixedPattern(5, 1, part=part)), lengths, "native", torch.float32)
 
 
-@settings(max_examples=60)
-@pytest.mark.parametrize("of", ["query", "key", "value"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@given(case=cases(60, fixed_patterns(causal=True)), data=st.data())
+@settings(max_examples=150)
+@given(
+    case=cases(60, fixed_patterns(causal=True)),
+    of=st.sampled_from(("query", "key", "value")),
+    bad=st.sampled_from((math.nan, math.inf, -math.inf)),
+    data=st.data(),
+)
 def test_bad_numbers_stay_where_the_contract_says(
-    dtype: torch.dtype, bad: float, of: str, case: Case, data: st.DataObject
+    dtype: torch.dtype, case: Case, of: str, bad: float, data: st.DataObject
 ) -> None:
     """A query's in its row; a key's in its block and its readers. Exactly, and NaN is not lost."""
     inputs = case.inputs(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern
-from colonnade.ops.heads import Patterns, head_groups
+from colonnade.ops.heads import Patterns
 from tests.cases import EXAMPLES, mask_of
 from tests.oracle import dense_attention
 
@@ -24,6 +24,7 @@ CAUSAL: dict[str, Patterns] = {
 }
 each_causal = pytest.mark.parametrize("pattern", CAUSAL.values(), ids=CAUSAL.keys())
 MERGED = FixedPattern(4, 1)
+Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -42,6 +43,16 @@ def each(change: Callable[[Tensor], Tensor], tensors: Triple) -> Triple:
     return query, key, value
 
 
+def alone(tensors: Triple, row: int, tokens: Tensor) -> Triple:
+    """Return the tokens of one row."""
+    return each(lambda t: t[row, None, :, tokens], tensors)
+
+
+def of_rows(tensors: Triple, rows: list[int]) -> Triple:
+    """Return some batch rows, in the order given."""
+    return each(lambda t: t[rows], tensors)
+
+
 def span(tensors: Triple, begin: int, end: int | None = None) -> Triple:
     """Return the positions from `begin` to `end`."""
     return each(lambda t: t[:, :, begin:end], tensors)
@@ -53,16 +64,29 @@ def joined(first: Triple, second: Triple) -> Triple:
     return query, key, value
 
 
-def whole(pattern: Patterns, tensors: Triple, first: int = 0) -> Tensor:
-    """Return the oracle's output from query `first` on, run of heads by run of heads."""
+def whole_pair(pattern: Patterns, tensors: Triple, first: int = 0) -> Pair:
+    """Return the oracle's output and log-sum-exp from query `first` on.
+
+    Head group by head group, split as PyTorch's own splitting does.
+    """
     query, key, value = tensors
-    group, scale = query.shape[1] // key.shape[1], query.shape[3] ** -0.5
-    outs = []
-    for of_run, begin, stop in head_groups(pattern, key.shape[1]):
-        mask = mask_of(of_run, key.shape[2], stop - begin)[:, first:]
-        q, k, v = query[:, begin * group : stop * group], key[:, begin:stop], value[:, begin:stop]
-        outs.append(dense_attention(q[:, :, first:], k, v, mask, scale)[0])
-    return torch.cat(outs, 1)
+    scale = query.shape[3] ** -0.5
+    patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+    groups = (
+        t.tensor_split(len(patterns), 1)
+        for t in (query.unflatten(1, (key.shape[1], -1)), key, value)
+    )
+    pairs = []
+    for of_group, q, k, v in zip(patterns, *groups, strict=True):
+        mask = mask_of(of_group, key.shape[2], k.shape[1])[:, first:]
+        pairs.append(dense_attention(q.flatten(1, 2)[:, :, first:], k, v, mask, scale))
+    outs, lses = zip(*pairs, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def whole(pattern: Patterns, tensors: Triple, first: int = 0) -> Tensor:
+    """Return the output alone."""
+    return whole_pair(pattern, tensors, first)[0]
 
 
 def parts(tensors: Triple, chunks: list[int]) -> Iterator[Triple]:

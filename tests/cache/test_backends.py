@@ -13,47 +13,42 @@ import colonnade
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, StridedPattern
 from colonnade.backends import choice
 from colonnade.nn import SelfAttention
-from colonnade.ops.heads import Patterns, head_groups
-from tests.cache.common import draw, each_causal
-from tests.cases import mask_of
-from tests.oracle import loop_attention
+from colonnade.ops.heads import Patterns
+from tests.cache.common import (
+    MERGED,
+    Pair,
+    Triple,
+    alone,
+    check_equal,
+    draw,
+    each,
+    each_causal,
+    parts,
+    span,
+    whole,
+    whole_pair,
+)
 
-MERGED = FixedPattern(4, 1)
 CHUNKS = [6, 1, 1, 5, 1, 3]
 needs_native = pytest.mark.skipif(
     colonnade.backends()["native"] is not None, reason="native is not usable here"
 )
 
 
-def _decode(cache: KVCache, tensors: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of all chunks."""
-    pieces = zip(*(t.split(CHUNKS, 2) for t in tensors), strict=True)
-    found = [cache.attend(q, k, v, return_lse=True, **options) for q, k, v in pieces]
-    return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
-
-
-def _expected(pattern: Patterns, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    query, key, value = (t.double() for t in tensors)
-    outs, lses = [], []
-    for heads in head_groups(pattern, key.shape[1]):
-        q, k, v = (heads.of(t, key.shape[1]) for t in (query, key, value))
-        mask = mask_of(heads.pattern, key.shape[2], k.shape[1])
-        out, lse = loop_attention(q, k, v, mask, query.shape[3] ** -0.5)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs, 1), torch.cat(lses, 1)
+def _decode(cache: KVCache, tensors: Triple) -> Pair:
+    """Return output and log-sum-exp of all chunks."""
+    pairs = [cache.attend(*chunk, return_lse=True) for chunk in parts(tensors, CHUNKS)]
+    outs, lses = zip(*pairs, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
 @each_causal
 @pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
 def test_every_way_gives_the_log_sum_exp(pattern: Patterns, backend: str) -> None:
     tensors = draw(sum(CHUNKS))
-    for found, true in zip(
-        _decode(KVCache(pattern, backend=backend), tensors),
-        _expected(pattern, tensors),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, true, rtol=0, atol=1e-12)
+    pair = _decode(KVCache(pattern, backend=backend), tensors)
+    for found, expected in zip(pair, whole_pair(pattern, tensors), strict=True):
+        check_equal(found, expected)
 
 
 @needs_native
@@ -65,9 +60,9 @@ def test_native_by_name(part: Any, dtype: torch.dtype) -> None:
     It is good to 1.1e-4. For the rest see the bound `rho` of tests/rounding.py; scores are below 8.
     """
     pattern = FixedPattern(5, 2, part=part)
-    tensors = tuple(t.to(dtype) for t in draw(sum(CHUNKS)))
+    tensors = each(lambda t: t.to(dtype), draw(sum(CHUNKS)))
     out, lse = _decode(KVCache(pattern, backend="native"), tensors)
-    true_out, true_lse = _expected(pattern, tensors)
+    true_out, true_lse = whole_pair(pattern, each(Tensor.double, tensors))
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     rho = torch.finfo(torch.float32).eps * (2 * (6 + 5) * 8 + 4 * sum(CHUNKS) + 16)
@@ -84,15 +79,12 @@ def test_padding_has_no_log_sum_exp() -> None:
     tensors = draw(7, batch=2)
     mask = torch.tensor([[False] * 3 + [True] * 4, [True] * 7])
     cache = KVCache(MERGED)
-    chunks = zip(*(t.split([5, 1, 1], 2) for t in tensors), mask.split([5, 1, 1], 1), strict=True)
-    lse = torch.cat(
-        [cache.attend(q, k, v, padding_mask=m, return_lse=True)[1] for q, k, v, m in chunks], 2
-    )
+    chunks = zip(parts(tensors, [5, 1, 1]), mask.split([5, 1, 1], 1), strict=True)
+    lse = torch.cat([cache.attend(*c, padding_mask=m, return_lse=True)[1] for c, m in chunks], 2)
     assert (lse[0, :, :3] == -math.inf).all()
     for row, tokens in enumerate(mask):
-        alone = tuple(t[row, None, :, tokens] for t in tensors)
-        found = lse[row, None][:, :, tokens]
-        torch.testing.assert_close(found, _expected(MERGED, alone)[1], rtol=0, atol=1e-12)
+        _, expected = whole_pair(MERGED, alone(tensors, row, tokens))
+        check_equal(lse[row, None][:, :, tokens], expected)
 
 
 @needs_native
@@ -108,16 +100,16 @@ def test_an_explanation_names_what_then_runs(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "attend", attend)
     pattern = (MERGED, StridedPattern(4), FullPattern())
     cache = KVCache(pattern)
-    tensors = tuple(t.float() for t in draw(9))
-    for chunk in ([t[:, :, :8] for t in tensors], [t[:, :, 8:] for t in tensors]):
+    tensors = each(Tensor.float, draw(9))
+    for chunk in parts(tensors, [8, 1]):
         explained = cache.explain(*chunk)
         assert isinstance(explained, tuple)
         assert cache.seq_len in (0, 8)
         ran.clear()
         cache.attend(*chunk)
-        assert ran == [each.backend for each in explained]
+        assert ran == [explanation.backend for explanation in explained]
     assert "it has no gradients" in str(
-        KVCache(MERGED).explain(*(t[:, :, :1].requires_grad_() for t in tensors))
+        KVCache(MERGED).explain(*each(Tensor.requires_grad_, span(tensors, 0, 1)))
     )
 
 
@@ -128,7 +120,7 @@ def test_a_backend_by_name_runs_or_raises_and_the_cache_stays() -> None:
     with pytest.raises(NotImplementedError, match=r"backend 'native' computes in .*float64"):
         cache.attend(*tensors)
     assert cache.seq_lens == []
-    floats = tuple(t.float() for t in tensors)
+    floats = each(Tensor.float, tensors)
     cache.attend(*floats)
     cache = KVCache((MERGED, StridedPattern(4)), backend="native")
     with pytest.raises(NotImplementedError, match="runs FixedPattern only, got a StridedPattern"):
@@ -151,29 +143,29 @@ def test_an_unknown_backend_is_refused_at_once(backend: Any, error: type[Excepti
 
 
 @needs_native
-def test_a_layer_hands_its_backend_on() -> None:
+def test_a_layer_passes_its_backend_on() -> None:
     layer = SelfAttention(16, 2, (MERGED, LocalPattern(4)), backend="native")
     assert layer.new_cache().backend == "native"
     with pytest.raises(NotImplementedError, match="got a LocalPattern"):
         layer(torch.randn(1, 8, 16))
     layer = SelfAttention(16, 2, MERGED, backend="reference").double()
     x = torch.randn(1, 8, 16, dtype=torch.float64)
-    torch.testing.assert_close(layer(x, layer.new_cache()), layer(x), rtol=0, atol=1e-12)
+    check_equal(layer(x, layer.new_cache()), layer(x))
 
 
 def test_entries_know_how_they_are_read() -> None:
     """With gradients entries are copies, so those of an earlier chunk can still be read."""
     pattern = MERGED.factors()
-    tensors = tuple(t.requires_grad_() for t in draw(13))
-    expected, _ = _expected(pattern, tensors)
+    tensors = each(Tensor.requires_grad_, draw(13))
+    expected = whole(pattern, tensors)
     cache = KVCache(pattern)
-    (q1, k1, v1), (q2, k2, v2) = zip(*(t.split([6, 7], 2) for t in tensors), strict=True)
+    (q1, k1, v1), (q2, k2, v2) = parts(tensors, [6, 7])
     first = cache.append(k1, v1)
     second = cache.append(k2, v2)
     keys, values = second
-    torch.testing.assert_close(cache.read(q1, first), expected[:, :, :6], rtol=0, atol=1e-12)
-    torch.testing.assert_close(cache.read(q2, second), expected[:, :, 6:], rtol=0, atol=1e-12)
-    torch.testing.assert_close(cache.read(q2, keys, values), expected[:, :, 6:], rtol=0, atol=1e-12)
+    check_equal(cache.read(q1, first), expected[:, :, :6])
+    check_equal(cache.read(q2, second), expected[:, :, 6:])
+    check_equal(cache.read(q2, keys, values), expected[:, :, 6:])
 
 
 def test_reading_before_anything_was_appended_is_refused() -> None:

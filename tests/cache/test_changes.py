@@ -16,9 +16,9 @@ from tests.cache.common import (
     check_equal,
     decode,
     draw,
-    each,
     each_causal,
     joined,
+    of_rows,
     parts,
     span,
     whole,
@@ -37,9 +37,14 @@ def _cropped(cache: KVCache, seq_len: int) -> int:
 
 @each_causal
 @pytest.mark.parametrize("evicting", [True, False])
-def test_cropped_it_goes_on_as_if_nothing_had_been_there(pattern: Patterns, evicting: bool) -> None:
-    """Or refuses, and stays as it was. Without evictions it never refuses."""
-    longest = 16
+@pytest.mark.parametrize("longest", [6, pytest.param(16, marks=pytest.mark.plain)])
+def test_cropped_it_goes_on_as_if_nothing_had_been_there(
+    longest: int, evicting: bool, pattern: Patterns
+) -> None:
+    """Or refuses, and stays as it was. Without evictions it never refuses.
+
+    Checks of types would take four fifths of the time that all lengths up to 16 take.
+    """
     tensors, other = draw(longest), draw(longest + 3)
     sequences = [joined(span(tensors, 0, n), span(other, n, n + 3)) for n in range(longest + 1)]
     expected = [whole(pattern, sequence, first=n) for n, sequence in enumerate(sequences)]
@@ -57,7 +62,8 @@ def test_cropped_it_goes_on_as_if_nothing_had_been_there(pattern: Patterns, evic
     keeps_all = pattern in (FixedPattern(3, 3), FixedPattern(1, 1)) or isinstance(
         pattern, StridedPattern | FullPattern
     )
-    assert (refused == 0) is (not evicting or keeps_all)
+    if longest == 16:
+        assert (refused == 0) is (not evicting or keeps_all)
 
 
 @each_causal
@@ -72,8 +78,8 @@ def test_rows_are_chosen_and_repeated(pattern: Patterns) -> None:
         cache = KVCache(pattern)
         decode(cache, before, [9, 5])
         change(cache)
-        new = each(lambda t, rows=rows: t[torch.arange(len(rows)) % 3], after)
-        sequence = joined(each(lambda t, rows=rows: t[rows], before), new)
+        new = of_rows(after, [row % 3 for row in range(len(rows))])
+        sequence = joined(of_rows(before, rows), new)
         check_equal(decode(cache, new, [1, 1, 3]), whole(pattern, sequence, first=14))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_a_mistake_changes_nothing(
     [
         (lambda c: KVCache(FixedPattern(4, 1, causal=False)), NotImplementedError, "causal"),
         (lambda c: KVCache(FullPattern(causal=False)), NotImplementedError, "causal"),
-        (lambda c: KVCache("fixed"), TypeError, "must be a Pattern"),
+        (lambda c: KVCache(cast(Any, "fixed")), TypeError, "must be a Pattern"),
         (lambda c: KVCache(()), ValueError, "needs a key head for each"),
         (lambda c: KVCache(MERGED, max_seq_len=0), ValueError, "max_seq_len must be at least 1"),
         (lambda c: KVCache(MERGED, max_seq_len=True), TypeError, "max_seq_len must be an int"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from colonnade import FixedPattern, KVCache
 from colonnade.backends import native
-from tests.cache.common import MERGED, decode, decode_padded, draw, each, whole
+from tests.cache.common import MERGED, alone, decode, decode_padded, draw, each, whole
 
 
 @pytest.fixture(params=["native", "without native"])
@@ -44,10 +44,10 @@ def test_a_token_in_half_precision_for_rows_of_different_lengths(
     tokens = torch.stack([torch.arange(22) >= 21 - n for n in lengths])
     found = decode_padded(KVCache(pattern), tensors, tokens, [21, 1])[:, :, -1:]
     for row, mask in enumerate(tokens):
-        alone = each(lambda t, row=row, mask=mask: t[row, None, :, mask].double(), tensors)
-        expected = whole(pattern, alone, first=alone[0].shape[2] - 1)
+        exact = each(Tensor.double, alone(tensors, row, mask))
+        expected = whole(pattern, exact, first=exact[0].shape[2] - 1)
         # The weights and the output are rounded once each.
-        tolerance = 2 * torch.finfo(dtype).eps * alone[2].abs().max().item()
+        tolerance = 2 * torch.finfo(dtype).eps * exact[2].abs().max().item()
         torch.testing.assert_close(found[row, None].double(), expected, rtol=0, atol=tolerance)
 
 

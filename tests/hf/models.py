@@ -54,7 +54,8 @@ def random_model(
     dtype: torch.dtype = torch.float64, **changes: Any
 ) -> SparseTransformerForCausalLM:
     """Return a model whose output head is not zero, so that its logits say something."""
-    model = SparseTransformerForCausalLM(small_config(**changes)).to(dtype).eval()
+    model = SparseTransformerForCausalLM(small_config(**changes))
+    torch.nn.Module.to(model.eval(), dtype)
     torch.nn.init.normal_(model.lm_head.weight)
     for parameter in model.model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -84,6 +85,16 @@ def prompts(batch: int, length: int) -> Tensor:
 def positions_of(mask: Tensor) -> Tensor:
     """Return the positions that count the tokens of each row, as `generate` makes them."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def generate(model: Any, ids: Tensor, **options: Any) -> Any:
+    """Return the tokens that follow prompts without padding, greedily; options may say otherwise.
+
+    The model is Any, for transformers annotates `generate` for its own callers alone.
+    """
+    return model.generate(
+        ids, **{"do_sample": False, "attention_mask": torch.ones_like(ids), **options}
+    )
 
 
 def enable_recomputation(model: PreTrainedModel, **options: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.hf.models import enable_recomputation, random_model, tokens
+from tests.hf.models import enable_recomputation, generate, random_model, tokens
 from tests.rounding import check_half_the_digits
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,11 +50,11 @@ def test_generation_from_left_padding_is_that_of_each_row(changes: dict[str, Any
     model = random_model(**changes)
     ids, mask = _padded("left")
     ids, mask = ids[:, 6:], mask[:, 6:]
-    options = {"max_new_tokens": 13, "do_sample": False, "pad_token_id": 255}
-    together = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    options = {"max_new_tokens": 13, "pad_token_id": 255}
+    together = generate(model, ids, attention_mask=mask, **options)[:, ids.shape[1] :]
     for row in range(3):
         prompt = ids[row, None, mask[row].bool()]
-        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        alone = generate(model, prompt, **options)
         assert torch.equal(together[row], alone[0, prompt.shape[1] :])
 
 
@@ -102,12 +102,12 @@ def test_generation_scores_tokens_as_for_the_row_alone(beams: int) -> None:
     model = random_model()
     ids, mask = _padded("left")
     ids, mask = ids[:, 6:], mask[:, 6:]
-    options = {"max_new_tokens": 13, "do_sample": False, "pad_token_id": 255, "num_beams": beams}
+    options = {"max_new_tokens": 13, "pad_token_id": 255, "num_beams": beams}
     options |= {"return_dict_in_generate": True, "output_scores": True}
-    together = model.generate(ids, attention_mask=mask, **options)
+    together = generate(model, ids, attention_mask=mask, **options)
     for row in range(3):
         prompt = ids[row, None, mask[row].bool()]
-        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        alone = generate(model, prompt, **options)
         assert torch.equal(together.sequences[row, 15:], alone.sequences[0, prompt.shape[1] :])
         for scores, scores_alone in zip(together.scores, alone.scores, strict=True):
             of_row = scores[row * beams : (row + 1) * beams]

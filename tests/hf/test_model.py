@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from colonnade.hf import (
     SparseTransformerConfig,
     SparseTransformerForCausalLM,
 )
-from tests.hf.models import enable_recomputation, random_model, small_config, tokens
+from tests.hf.models import enable_recomputation, generate, random_model, small_config, tokens
 from tests.oracle import (
     fixed_mask,
     full_set,
@@ -24,11 +25,9 @@ from tests.oracle import (
     strided_set,
 )
 
-MERGED = {"stride": 8, "summary": 2, "subblocks": 2}
-
 
 def _fixed(kv_heads: int, part: str) -> Tensor:
-    return fixed_mask(29, kv_heads, **MERGED, part=part)
+    return fixed_mask(29, kv_heads, stride=8, summary=2, subblocks=2, part=part)
 
 
 def _strided(kv_heads: int, part: str) -> Tensor:
@@ -110,15 +109,8 @@ def test_nothing_leaks_from_the_future() -> None:
 def test_generate_with_a_cache_gives_the_same_tokens() -> None:
     model = random_model()
     prompt = tokens(2, 5)
-    attention_mask = torch.ones_like(prompt)
     with_cache, without = (
-        model.generate(
-            prompt,
-            attention_mask=attention_mask,
-            max_new_tokens=20,
-            do_sample=False,
-            use_cache=use_cache,
-        )
+        generate(model, prompt, max_new_tokens=20, use_cache=use_cache)
         for use_cache in (True, False)
     )
     assert torch.equal(with_cache, without)
@@ -200,7 +192,7 @@ def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -
     """The model has no second way: what it runs is `colonnade.attention`."""
     seen = []
 
-    def spy(*args: object, **kwargs: object) -> object:
+    def spy(*args: Any, **kwargs: Any) -> object:
         seen.append(args[3])
         return col.attention(*args, **kwargs)
 

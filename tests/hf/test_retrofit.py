@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import colonnade as col
 from colonnade.hf import FixedCache, load, retrofit
+from colonnade.hf.attention import PatternMask, attention_function
 from colonnade.hf.settings import patterns_of
 from tests.hf.models import (
     FAMILIES,
@@ -134,7 +135,7 @@ def test_it_is_fine_tuned_with_recomputation_in_bfloat16(family: str) -> None:
 def test_lora_on_top_saved_and_merged(tmp_path: Path) -> None:
     base = retrofit(dense_model("llama").float(), 8, 2)
     base.save_pretrained(tmp_path / "base")
-    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    tuned: Any = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     losses = _train(tuned)
     assert losses[-1] < losses[0]
     tuned.eval()
@@ -169,8 +170,9 @@ def test_what_cannot_be_retrofitted_says_why() -> None:
         retrofit(AutoModelForCausalLM.from_config(gemma), 8, 2)
     with pytest.raises(NotImplementedError, match="cross-attention"):
         retrofit(dense_model("gpt2", add_cross_attention=True), 8, 2)
+    linear: Any = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match="transformers model, got a Linear"):
-        retrofit(torch.nn.Linear(1, 1), 8, 2)
+        retrofit(linear, 8, 2)
     with pytest.raises(ValueError, match="has a fixed pattern already"):
         retrofit(random_model(), 8, 2)
     model = dense_model("llama")
@@ -200,11 +202,10 @@ def test_attention_of_another_kind_raises_where_it_is_called(tmp_path: Path) -> 
         model(ids, attention_mask=torch.ones(1, 1, 12, 12))
     attention = model.model.layers[0].self_attn
     query, key, value = torch.randn(3, 1, 4, 12, 8, dtype=torch.float64)
-    from colonnade.hf.attention import PatternMask, attention_function
-
     for name in ("softcap", "s_aux", "sliding_window"):
+        option: dict[str, Any] = {name: 8}
         with pytest.raises(NotImplementedError, match=f"has no {name}"):
-            attention_function(attention, query, key, value, PatternMask(), **{name: 8})
+            attention_function(attention, query, key, value, PatternMask(), **option)
     with pytest.raises(NotImplementedError, match="causal self-attention only"):
         attention_function(attention, query, key, value, PatternMask(), is_causal=False)
     with pytest.raises(ValueError, match=r"own mask function only, got None"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ SHAPES = [
 ]
 
 
-def _layer(pattern: Pattern | tuple[Pattern, ...], **sizes: int) -> SelfAttention:
+def _layer(pattern: Pattern | tuple[Pattern, ...], **sizes: Any) -> SelfAttention:
     return SelfAttention(pattern=pattern, **sizes).double()
 
 
@@ -148,7 +149,7 @@ def test_no_position_sees_the_future(part: Part, t: int) -> None:
 
 @pytest.mark.plain
 @pytest.mark.parametrize("pattern", [None, "fixed", torch.ones(4, 4)])
-def test_a_pattern_is_a_pattern(pattern: object) -> None:
+def test_a_pattern_is_a_pattern(pattern: Any) -> None:
     with pytest.raises(TypeError, match=f"pattern must be a Pattern.*{type(pattern).__name__}"):
         SelfAttention(8, 2, pattern)
 
@@ -178,7 +179,7 @@ def test_a_pattern_is_a_pattern(pattern: object) -> None:
         ({"embed_dim": 8, "num_heads": 2, "qk_dim": "4"}, TypeError, "qk_dim='4'"),
     ],
 )
-def test_bad_sizes(sizes: dict[str, int], error: type[Exception], message: str) -> None:
+def test_bad_sizes(sizes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SelfAttention(pattern=FixedPattern(4, 1), **sizes)
 

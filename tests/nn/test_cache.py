@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ PATTERNS: list[Patterns] = [
 ]
 
 
-def _layer(pattern: Patterns, **options: float) -> SelfAttention:
+def _layer(pattern: Patterns, **options: Any) -> SelfAttention:
     return SelfAttention(24, 4, pattern, num_kv_heads=2, qk_dim=16, **options).double()
 
 

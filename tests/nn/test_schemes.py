@@ -16,23 +16,23 @@ N = 13
 
 
 def _head_reads(layer: SelfAttention) -> Tensor:
-    """[heads, n, n]: whether a head's output at i has a gradient with respect to x at j.
+    """Return [heads, n, n], True where a head's output at i has a gradient with respect to x at j.
 
     Queries and keys are made constant and the output projection left out, so that nothing but the
-    attention's weights connects.
+    attention's weights connects. Copy i of a sequence gets the gradient of its position i alone.
     """
     for projection in (layer.query_proj, layer.key_proj):
         torch.nn.init.zeros_(projection.weight)
-    layer.out_proj = torch.nn.Identity()
+    torch.nn.init.eye_(layer.out_proj.weight)
     x = torch.randn(1, N, layer.num_heads * layer.v_head_dim, dtype=torch.float64)
-    x.requires_grad_()
+    x = x.expand(N, -1, -1).clone().requires_grad_()
     by_head = layer(x).unflatten(-1, (layer.num_heads, -1))
-    reads = torch.zeros(layer.num_heads, N, N, dtype=torch.bool)
+    reads = []
     for head in range(layer.num_heads):
-        for i in range(N):
-            (grad,) = torch.autograd.grad(by_head[0, i, head].sum(), x, retain_graph=True)
-            reads[head, i] = grad[0].abs().sum(-1) > 0
-    return reads
+        own = by_head[torch.arange(N), torch.arange(N), head]
+        (grad,) = torch.autograd.grad(own.sum(), x, retain_graph=True)
+        reads.append(grad.abs().sum(-1) > 0)
+    return torch.stack(reads)
 
 
 def _layer(pattern: Patterns, heads: int = 4, kv_heads: int | None = None) -> SelfAttention:
@@ -44,7 +44,7 @@ def test_merged_heads_read_the_union() -> None:
     assert torch.equal(_head_reads(_layer(pattern)), mask_of(pattern, N, 4))
 
 
-def test_multihead_splits_the_key_heads_and_counts_sub_blocks_anew() -> None:
+def test_multihead_splits_the_key_heads_and_counts_sub_blocks_again() -> None:
     """Five key heads, two queries each: three read the own block, two the summaries."""
     local, summary = FixedPattern(4, 1, subblocks=2).factors()
     found = _head_reads(_layer((local, summary), heads=10, kv_heads=5))
@@ -66,15 +66,14 @@ def test_each_pattern_needs_a_key_head(patterns: int, kv_heads: int) -> None:
 
 
 def _connected(*layers: Patterns) -> Tensor:
-    """[n, n]: which x_j moves y_i through residual attention layers, by the gradient."""
+    """Return [n, n], True where x_j moves y_i through residual layers, by the gradient."""
     torch.manual_seed(3)
-    modules = [_layer(pattern) for pattern in layers]
-    x = torch.randn(1, N, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, N, 8, dtype=torch.float64).expand(N, -1, -1).clone().requires_grad_()
     h = x
-    for module in modules:
-        h = h + module(h)
-    rows = [torch.autograd.grad(h[0, i].sum(), x, retain_graph=True)[0] for i in range(N)]
-    return torch.stack([row[0].abs().sum(-1) > 0 for row in rows])
+    for pattern in layers:
+        h = h + _layer(pattern)(h)
+    (grad,) = torch.autograd.grad(h[torch.arange(N), torch.arange(N)].sum(), x)
+    return grad.abs().sum(-1) > 0
 
 
 EVERYTHING = torch.ones(N, N, dtype=torch.bool).tril()

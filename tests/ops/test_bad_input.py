@@ -170,12 +170,12 @@ GOOD = torch.tensor([0, 2, 6])
 @pytest.mark.parametrize("lengths", [[1, 6], [0, 4, 2, 6], [0, 5], [0, 7], [0, -1, 6], [0, 6, 5]])
 def test_what_cu_seqlens_says(lengths: list[int], backend: str) -> None:
     """It starts at 0, does not decrease and ends at the number of tokens: in every backend."""
-    tensors = [torch.zeros(shape) for shape in PACKED.values()]
+    query, key, value = (torch.zeros(shape) for shape in PACKED.values())
     cu_seqlens = torch.tensor(lengths)
     with pytest.raises(
         ValueError, match=r"cu_seqlens must .*got cu_seqlens\[-?\d\]=-?\d"
     ) as raised:
-        attention_varlen(*tensors, cu_seqlens, FIXED, backend=backend)
+        attention_varlen(query, key, value, cu_seqlens, FIXED, backend=backend)
     assert any(str(number) in str(raised.value) for number in lengths)
 
 
@@ -236,14 +236,18 @@ def test_mistakes_are_met_before_anything_large_is_made(
     dtype = changes.pop("dtype", torch.float32)
     for name in shapes:
         shapes[name] = changes.pop(name, shapes[name])
-    tensors = (torch.zeros((), dtype=dtype).expand(shape) for shape in shapes.values())
+    tensors: dict[str, Any] = {
+        n: torch.zeros((), dtype=dtype).expand(shape) for n, shape in shapes.items()
+    }
     with pytest.raises(error):
-        attention(*tensors, **({"pattern": FIXED} | changes))
+        attention(**({**tensors, "pattern": FIXED} | changes))
 
 
 def test_explain_checks_the_pattern_too() -> None:
+    query, key, value = _shaped()
+    pattern: Any = None
     with pytest.raises(TypeError, match=r"pattern must be a Pattern.*got a NoneType"):
-        explain(*_shaped(), pattern=None)
+        explain(query, key, value, pattern)
 
 
 @pytest.mark.parametrize(

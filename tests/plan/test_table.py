@@ -145,8 +145,9 @@ def test_no_slot_is_gathered_for_nobody(case: Case) -> None:
 @given(case=cases(40, fixed_patterns(10, causal=False)))
 def test_a_bidirectional_gather_holds_no_position_twice(case: Case) -> None:
     """It is the sequence in another order, the summaries first; without summaries, nothing."""
+    assert isinstance(case.pattern, FixedPattern)
+    everything = [] if case.pattern.part == "local" else list(range(case.kv_len))
     for heads, plan in _plans(case):
-        everything = [] if case.pattern.part == "local" else list(range(case.kv_len))
         assert plan.gather.sort(-1).values.tolist() == [everything] * len(heads)
 
 

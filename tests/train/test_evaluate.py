@@ -26,7 +26,7 @@ def test_every_byte_is_scored_once_with_enough_before_it(
     length: int, context: int, share: float
 ) -> None:
     min_context = int(share * context)
-    scored = []
+    scored: list[int] = []
     for window in evaluate.windows(length, context, min_context):
         assert 0 <= window.begin <= window.end <= length
         assert window.end - window.begin == min(context, length)

@@ -111,7 +111,12 @@ def test_every_place_of_the_stream_is_as_likely() -> None:
 
 
 def _config(**changes: Any) -> SparseTransformerConfig:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "summary": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "summary": 1,
+    }
     return SparseTransformerConfig(**sizes, max_position_embeddings=CONTEXT, stride=4, **changes)
 
 

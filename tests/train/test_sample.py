@@ -32,7 +32,7 @@ def test_windows(
 @pytest.mark.parametrize("prompt", [b"x", b"0123456789abcdefghijklm", bytes(range(40))])
 def test_every_byte_is_the_likeliest_after_its_window(prompt: bytes) -> None:
     model = random_model()
-    written = []
+    written: list[bytes] = []
     report = continue_bytes(model, prompt, 60, written.append, do_sample=False)
     assert [len(each) for each in written] == [1] * 60
     text = list(prompt + b"".join(written))
