@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a seed a test, and draws that repeat themselves.
+"""Settings of all tests: one thread, a seed for each test, and draws that repeat themselves.
 
 Nothing here imports colonnade: the type-checking plugin has to see that import first.
 """

@@ -82,7 +82,7 @@ def test_gathered_keys_behind_a_mask_are_the_pattern(seq_len: int) -> None:
 
 @needs_native
 def test_the_ceiling_grows_with_the_pairs() -> None:
-    """It is so much a pair, and the backward's five products come on top of two."""
+    """It is a time for each pair, and the backward's five products come on top of two."""
     short, long = (replace(SMALL, seq_len=n) for n in (40, 4_000))
     assert long.num_pairs() == 2 * FixedPattern(8, 2).num_pairs(4_000)
     assert 0 < timing.ceiling(short) < timing.ceiling(long)
@@ -150,7 +150,7 @@ def test_masks_are_timed_where_they_have_room(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_native
 def test_a_mask_goes_the_fast_way_of_pytorch() -> None:
-    """What we are compared with runs as fast as it can: not by keeping every score."""
+    """Our rival runs as fast as it can: without keeping every score."""
     run = _all(Sizes(seq_len=64, stride=8, summary=2, heads=2, kv_heads=2, head_dim=16))["masked"]
     with torch.profiler.profile() as profile:
         run()

@@ -310,7 +310,7 @@ def test_info_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", ["cost", "info"])
 def test_counting_needs_no_extra_but_the_command_line(command: str) -> None:
-    """Neither is so much as imported."""
+    """Neither is even imported."""
     without = ["transformers", "accelerate", "tokenizers", "safetensors", "matplotlib"]
     code = f"import sys; sys.modules.update(dict.fromkeys({without})); "
     code += "from colonnade.cli import main; main()"
@@ -322,7 +322,7 @@ def test_counting_needs_no_extra_but_the_command_line(command: str) -> None:
 
 
 def mistakes(run: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]:
-    """What a user may do wrong, and what the one line has to say."""
+    """Mistakes of a user, and the words that the one line has to contain."""
     empty, file, small = tmp_path / "empty", tmp_path / "file", tmp_path / "small"
     empty.touch()
     file.write_text("in the way")

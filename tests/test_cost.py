@@ -1,4 +1,4 @@
-"""What a pattern costs, against counting: pairs over sets, and a decoder that goes step by step."""
+"""The cost of a pattern, against counting: pairs over sets, and a decoder that goes step by step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_entries_are_those_of_a_decoder(pattern: Pattern) -> None:
 
 @each_small_pattern
 def test_a_cache_keeps_as_many(pattern: Pattern) -> None:
-    """Of part "summary" it keeps the open block whole, of strided patterns everything.
+    """Under part "summary" it keeps the open block whole, of strided patterns everything.
 
     A window is moved once in as many tokens; until then its cache holds up to twice as much.
     """

@@ -259,7 +259,7 @@ def test_patterns_are_values(pattern: Pattern, another: Pattern) -> None:
 
 
 def _reach(*layers: Tensor) -> Tensor:
-    """Which positions reach which through layers in order, each with a residual path."""
+    """The positions that each one reaches through layers in order, each with a residual path."""
     reach = torch.eye(len(layers[0]), dtype=torch.int64)
     for layer in layers:
         reach = ((layer.long() + torch.eye(len(layer), dtype=torch.int64)) @ reach).clamp(max=1)

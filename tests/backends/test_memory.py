@@ -64,7 +64,7 @@ def test_reading_both_ways_makes_nothing_square(eager: dict[str, int]) -> None:
 
 
 def test_one_query_needs_no_whole_line(eager: dict[str, int]) -> None:
-    """Of a window of 16,384 keys among 65,536: six copies of the keys and values, 201 MB.
+    """For a window of 16,384 keys among 65,536, six copies of the keys and values: 201 MB.
 
     Not made: the scores of a whole line of queries, 2.1 GB.
     """

@@ -68,7 +68,7 @@ def test_long_sequences_against_float64(case: Case) -> None:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """Of all entries together, relative to what is expected."""
+    """The distance of all entries together, relative to what is expected."""
     finite = expected.isfinite()
     assert torch.equal(found.isfinite(), finite)
     error = (found.double() - expected)[finite].square().mean().sqrt()
@@ -92,7 +92,7 @@ def test_bfloat16_is_as_good_as_pytorchs_own(case: Case) -> None:
     Values as wide as keys: for others PyTorch computes everything in float32.
 
     The exponential has a relative error of 1.2e-4, so the log-sum-exp is off by no more than that,
-    beside the rounding of the products in float32.
+    next to the rounding of the products in float32.
     """
     case = replace(case, v_dim=case.qk_dim)
     assert isinstance(case.pattern, FixedPattern)

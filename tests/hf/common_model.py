@@ -1,6 +1,6 @@
 """The Sparse Transformer under transformers' own common model tests.
 
-`test_common.py` copies this file beside them, where `tests` is their package, not ours.
+`test_common.py` copies this file next to them, where `tests` is their package, not ours.
 """
 
 from __future__ import annotations

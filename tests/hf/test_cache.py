@@ -1,4 +1,4 @@
-"""What `generate` gives with the compressed cache is what it gives with everything kept."""
+"""`generate` gives with the compressed cache what it gives with everything kept."""
 
 from __future__ import annotations
 

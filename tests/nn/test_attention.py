@@ -120,7 +120,7 @@ def test_rotate_turns_pairs_half_a_head_apart(batch: int) -> None:
 
 
 def test_rotary_scores_depend_on_distance_only() -> None:
-    """What the rotation is for: all positions moved on by 5 give the same outputs."""
+    """The purpose of the rotation: all positions moved on by 5 give the same outputs."""
     layer = _layer(FixedPattern(4, 1), embed_dim=8, num_heads=2)
     frequency = torch.tensor([1.0, 0.1] * 2, dtype=torch.float64)
     x = torch.randn(1, 9, 8, dtype=torch.float64)

@@ -141,7 +141,7 @@ def test_the_packed_operation_compiles(pattern: Pattern) -> None:
 
 @each_pattern
 def test_padded_rows_run_compiled(pattern: Patterns) -> None:
-    """How many tokens there are is known only at run time: outside of one full graph."""
+    """The number of tokens is known only at run time: outside of one full graph."""
     layer = SelfAttention(16, 4, pattern, 2).double()
     compiled = torch.compile(layer, backend="eager")
     mask = torch.arange(30) >= torch.tensor([[0], [17], [29]])

@@ -1,4 +1,4 @@
-"""What connects to what, through stacks of residual blocks, against sets and closed forms.
+"""The positions that stacks of residual blocks connect, against sets and closed forms.
 
 Positions i and j are connected if the gradient of y_i with respect to x_j is not exactly 0.
 """

@@ -1,4 +1,4 @@
-"""What a user may get wrong: each mistake raises, and the message names the argument and its value.
+"""Mistakes of a user: each one raises, and the message names the argument and its value.
 
 These run without the type-checking plugin, which would raise before the package can.
 """

@@ -70,7 +70,7 @@ def _weights(case: Case, query: Tensor, key: Tensor) -> Pair:
 
 
 def _kept(case: Case, query: Tensor, key: Tensor, found: Tensor, p: float) -> Tensor:
-    """Which weights were kept, [batch, heads, q_len, kv_len] of 0 and 1, and none outside the sets.
+    """The weights that were kept, [batch, heads, q_len, kv_len] of 0 and 1; none outside the sets.
 
     `found` is the output for unit vectors as values: each entry is 0 or a weight over 1 - p.
     """
@@ -108,7 +108,7 @@ shares = st.sampled_from((0.1, 0.5, 0.9))
 
 @given(case=cases(12), p=shares)
 def test_gradients_are_those_of_dense_products_with_the_weights_kept(case: Case, p: float) -> None:
-    """Of the output and of the log-sum-exp together; grouped heads, mid-block starts, any scale."""
+    """For output and log-sum-exp together; grouped heads, mid-block starts, any scale."""
     for backend in ("eager", "reference"):
         _check_gradients(case, case.inputs(), p, backend)
 
@@ -142,7 +142,7 @@ def test_gradients_of_documents_equal_differences(pattern: Pattern) -> None:
 
 
 def test_documents_drop_weights_within_documents() -> None:
-    """Of a block-diagonal mask, both kept and dropped ones."""
+    """A block-diagonal mask has both kept and dropped ones."""
     lengths = [5, 0, 9, 5]
     case = Case(FullPattern(), batch=1, q_len=19, kv_len=19)
     query, key = case.inputs()[:2]

@@ -1,4 +1,4 @@
-"""What must hold exactly: empty rows, no leak of the future, and NaN that stays where it is."""
+"""Rules without a tolerance: empty rows, no leak of the future, and NaN that stays where it is."""
 
 from __future__ import annotations
 

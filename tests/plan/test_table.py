@@ -54,7 +54,7 @@ def _keys_read(plan: Plan, index: int, q_len: int) -> Reads:
 
 
 def _sets(pattern: FixedPattern, lengths: Sequence[int], head: int) -> Reads:
-    """What the definition has each query of documents read that lie one after the other."""
+    """The keys that the definition has each query read, of documents one after the other."""
     sets, begin = [], 0
     for length in lengths:
         sets += [sorted(begin + j for j in set_of(pattern, i, length, head)) for i in range(length)]

@@ -102,7 +102,7 @@ def test_the_order_of_documents_depends_on_the_seed() -> None:
 
 
 def test_every_place_of_the_stream_is_as_likely() -> None:
-    """Of 181 - 90 = 91 places, 4,000 draws: that one is never drawn has a chance of 91·e^(-43)."""
+    """There are 181 - 90 = 91 places: in 4,000 draws one is missing with a chance of 91·e^(-43)."""
     with _counting([1, 30, 0, 69, 100]) as corpus:
         windows = PackedWindows(corpus, "train", 90, 4_000, seed=0)
         first = {int(windows[i]["input_ids"][0]) for i in range(4_000)}

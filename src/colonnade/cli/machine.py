@@ -139,7 +139,7 @@ def info(
 ) -> None:
     """List what colonnade runs on here: versions, processor, compiler, GPUs and backends.
 
-    Put it at the top of a bug report, or beside a measurement; it names no folders.
+    Put it at the top of a bug report, or next to a measurement; it names no folders.
     """
     found = collect(["torch", "jaxtyping", *EXTRAS, "typer", "rich"], build)
     if as_json:
