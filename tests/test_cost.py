@@ -1,4 +1,4 @@
-"""The cost of a pattern, against counting: pairs over sets, and a decoder that goes step by step."""
+"""The cost of a pattern, against counting: pairs over sets, and a decoder step by step."""
 
 from __future__ import annotations
 

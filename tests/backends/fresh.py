@@ -20,7 +20,7 @@ FORKS.set_forkserver_preload(["colonnade"])
 
 @dataclass(frozen=True)
 class Report:
-    """What a process found, and what it said on standard error.
+    """The findings of a process, and its words on standard error.
 
     Attributes:
         why: The reason in `backends()` why native does not run.

@@ -52,7 +52,7 @@ def test_it_is_small(max_seq_len: int | None, times: int, chunks: list[int]) -> 
 
 
 def test_buffers_grow_geometrically() -> None:
-    """How often they move, over 1,500 tokens: about log(1,500) / log(GROWTH) times."""
+    """Over 1,500 tokens they move about log(1,500) / log(GROWTH) times."""
     cache, entry = KVCache(FullPattern()), torch.zeros(1, 1, 1, 1)
     lengths = set()
     for _ in range(1_500):

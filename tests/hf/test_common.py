@@ -27,7 +27,7 @@ OURS = Path(__file__).with_name("common_model.py")
 
 
 def _source_distribution(folder: Path) -> Path:
-    """Of the transformers that is installed.
+    """Fetch the sources of the transformers that is installed.
 
     Skips the test, loudly, where the package index cannot be reached, and for no other reason.
     """
