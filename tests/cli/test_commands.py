@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from typer.testing import CliRunner
 import colonnade
 from colonnade.cli import app
 from tests.cli.common import PICTURES, succeed
+from tests.fresh import run
 
 pytestmark = pytest.mark.plain  # A user's process has no type checks either.
 
@@ -113,9 +113,7 @@ def test_counting_needs_no_extra_but_the_command_line(command: str) -> None:
     without = ["transformers", "accelerate", "tokenizers", "safetensors", "matplotlib"]
     code = f"import sys; sys.modules.update(dict.fromkeys({without})); "
     code += "from colonnade.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, command, "--json"], capture_output=True, text=True
-    )
+    done = run(code, command, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
 
@@ -133,9 +131,7 @@ def test_a_missing_extra_is_named(
     missing: str, arguments: list[str], extra: str, tmp_path: Path
 ) -> None:
     blocked = f"import sys; sys.modules[{missing!r}] = None; from colonnade.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = run(blocked, *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert extra in done.stderr
     assert done.stderr.count("\n") == 1

@@ -18,6 +18,9 @@ from colonnade.nn import ResidualBlock, SelfAttention
 from colonnade.ops.heads import Patterns
 from tests.cases import fixed_patterns, set_of
 
+# So many small stacks that checks of types would only repeat themselves.
+pytestmark = pytest.mark.plain
+
 HEAD_DIM = 4
 
 lengths = st.integers(1, 20)
