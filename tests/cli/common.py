@@ -27,14 +27,14 @@ def colonnade_process(*arguments: object) -> str:
 
 
 def invoke(*arguments: object, stdin: bytes = b"") -> Result:
-    """The command within this process; for a user it is the same."""
+    """Run the command within this process; for a user it is the same."""
     return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "100"}).invoke(
         app, [*map(str, arguments)], input=stdin
     )
 
 
 def succeed(*arguments: object, stdin: bytes = b"") -> Result:
-    """A command that has to work."""
+    """Run a command that has to work."""
     result = invoke(*arguments, stdin=stdin)
     assert result.exit_code == 0, (result.exception, result.stderr)
     return result

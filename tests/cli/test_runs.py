@@ -31,7 +31,7 @@ pytestmark = pytest.mark.plain  # A user's process has no type checks either.
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30,000 bytes of real source text."""
+    """Write 30,000 bytes of real source text."""
     file = tmp_path_factory.mktemp("data") / "text.py"
     file.write_bytes(standard_library().read(0, 30_000).tobytes())
     return file
@@ -39,7 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 20 steps."""
+    """Train a run of 20 steps to its end."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     colonnade_process("train", "--data", text, "--out", folder, "--steps", 20, *SMALL)
     return folder
@@ -199,7 +199,7 @@ def test_sample_writes_each_byte_when_it_is_drawn(run: Path) -> None:
 
 
 def mistakes(run: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]:
-    """Mistakes of a user, and the words that the one line has to contain."""
+    """Return mistakes of a user, and the words that the one line has to contain."""
     empty, file, small = tmp_path / "empty", tmp_path / "file", tmp_path / "small"
     empty.touch()
     file.write_text("in the way")
