@@ -228,7 +228,7 @@ class FixedCache(Cache):
                 f"cache and {length} new ones."
             )
         kept = torch.tensor(self.layers[0].kv.seq_lens)
-        tokens = attention_mask[:, :seen].sum(1).cpu()
+        tokens = attention_mask[:, :seen].sum(1).long().cpu()
         if seen and not torch.equal(tokens, kept):
             raise ValueError(
                 "attention_mask must say of earlier positions what it said when they came: what "
