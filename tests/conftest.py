@@ -18,5 +18,5 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test draws the same numbers, whichever tests ran before it."""
+    """Let every test draw the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)

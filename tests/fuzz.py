@@ -73,7 +73,7 @@ class Call:
 
 @cache
 def _cases(longest: int, fixed: bool) -> st.SearchStrategy[Case]:
-    """Cases with empty tensors and the widths of kernels; of causal fixed patterns, or of any."""
+    """Draw cases with empty tensors and the widths of kernels; causal fixed patterns, or any."""
     strides = STRIDES | st.integers(1, longest)
     return cases(
         longest,
@@ -185,7 +185,7 @@ def check_call(call: Call) -> None:
 
 
 def _check_numbers(call: Call, inputs: Inputs) -> None:
-    """Each part of the sequence has the results of the definition."""
+    """Assert that each part of the sequence has the results of the definition."""
     if not call.return_lse:
         inputs = inputs._replace(grad_lse=torch.zeros_like(inputs.grad_lse))
     rounded_operands = call.dtype == torch.bfloat16 and call.backend in ("native", "auto")
@@ -203,7 +203,7 @@ def _check_numbers(call: Call, inputs: Inputs) -> None:
 
 
 def _check_dropout(call: Call, inputs: Inputs) -> None:
-    """The same seed drops the same weights; everything stays finite; the lse is untouched."""
+    """Assert that a seed drops the same weights again, all is finite, and the lse is untouched."""
     if call.backend in ("native", "auto"):
         call = replace(call, backend="eager")
     results = []
@@ -218,7 +218,7 @@ def _check_dropout(call: Call, inputs: Inputs) -> None:
 
 
 def _check_bad(call: Call, inputs: Inputs) -> None:
-    """NaN or infinity in one query, key or value stays where the contract says."""
+    """Assert that NaN or infinity in one tensor stays where the contract says."""
     if call.backend == "reference" or call.case.batch * call.case.q_len == 0:
         return
     call = replace(call, gradients=False)

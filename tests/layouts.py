@@ -11,12 +11,12 @@ from tests.cases import Inputs
 
 
 def heads_last(tensor: Tensor) -> Tensor:
-    """[batch, seq, heads, width] in memory, as projections leave it."""
+    """Return it as [batch, seq, heads, width] in memory, as projections leave it."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """One entry behind the place where an allocation begins."""
+    """Return it one entry behind the place where an allocation begins."""
     room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     return room[1:].view(tensor.shape).copy_(tensor)
 
@@ -33,13 +33,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def laid_out(inputs: Inputs, layout: str) -> Inputs:
-    """The inputs in one of LAYOUTS; the log-sum-exp's gradient stays as it is."""
+    """Return the inputs in one of LAYOUTS; the log-sum-exp's gradient stays as it is."""
     query, key, value, grad_out = map(LAYOUTS[layout], inputs[:4])
     return Inputs(query, key, value, grad_out, inputs.grad_lse)
 
 
 def expanded(inputs: Inputs) -> Inputs:
-    """Other inputs, with strides of 0: one key head for all, and a gradient that is one number."""
+    """Return others with strides of 0: one key head for all, and a gradient that is one number."""
     one = inputs.key[:1, :1] if len(inputs.key) else inputs.key
     grad_out = torch.ones((), dtype=inputs.grad_out.dtype)
     return inputs._replace(

@@ -56,22 +56,22 @@ def test_entries_are_those_of_a_decoder(pattern: Pattern) -> None:
 def test_a_cache_keeps_as_many(pattern: Pattern) -> None:
     """Under part "summary" it keeps the open block whole, of strided patterns everything.
 
-    A window is moved once in as many tokens; until then its cache holds up to twice as much.
+    A window is moved once in as many tokens; until then its cache keeps up to twice as much.
     """
-    cache, widest, stored = KVCache(pattern), 0, 0
+    cache, widest, kept = KVCache(pattern), 0, 0
     for length in range(1, 41):
         key, value = torch.zeros(2, 1, 2, 1, 1)
         keys, _ = cache.append(key, value)
         widest = max(widest, keys.shape[2])
-        stored = max(stored, cache.num_stored)
+        kept = max(kept, cache.num_stored)
         most = max(num_kept(pattern, length, head) for head in range(2))
         if isinstance(pattern, FixedPattern) and pattern.part != "summary":
             assert widest == most
         else:
             assert widest >= most
         if isinstance(pattern, FullPattern | LocalPattern):
-            assert stored == most
-        assert stored <= widest
+            assert kept == most
+        assert kept <= widest
 
 
 @each_small_pattern
@@ -103,7 +103,7 @@ def test_pairs_work_and_bytes_are_counted_head_by_head(pattern: Pattern) -> None
 def test_merged_entries_are_those_of_the_largest_row(
     stride: int, length: int, head: int, data: st.DataObject
 ) -> None:
-    """All that a decoder holds, its newest query reads: there is nothing idle in the cache."""
+    """All that a decoder keeps, its newest query reads: there is nothing idle in the cache."""
     summary = data.draw(st.integers(1, stride))
     largest = max(len(oracle.fixed_set(i, length, stride, summary)) for i in range(length))
     assert num_kept(FixedPattern(stride, summary), length, head) == largest

@@ -58,11 +58,11 @@ MAY_IMPORT = BESIDE | {
 }
 MAY_IMPORT["cli"] |= set(BESIDE)
 OF_HF = {"transformers", "tokenizers", "accelerate", "safetensors"}
-"""What the package's extras bring, and no file below hf may need."""
+"""Packages of the extras, which no file below hf may need."""
 
 
 def _part(file: Path) -> str:
-    """The folder or file right under colonnade that a file belongs to."""
+    """Return the folder or file right under colonnade that a file belongs to."""
     return file.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -72,7 +72,7 @@ def _is_module(name: str) -> bool:
 
 
 def _imports(file: Path) -> Iterator[str]:
-    """Every module that a file imports, wherever in the file; submodules by their full name."""
+    """Yield every module that a file imports, anywhere in it; submodules by their full name."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

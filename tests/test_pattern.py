@@ -50,8 +50,8 @@ class _PairsAsNumbers(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         assert isinstance(result, Tensor)
         # By its memory: what is merely expanded takes none.
-        held = result.untyped_storage().nbytes() // result.element_size()
-        if held >= self.pairs and result.dtype != torch.bool:
+        taken = result.untyped_storage().nbytes() // result.element_size()
+        if taken >= self.pairs and result.dtype != torch.bool:
             self.found.append(str(func))
         return result
 
@@ -210,7 +210,7 @@ def test_best_stride_makes_a_pattern(seq_len: int, summary: int) -> None:
         FixedPattern(stride, summary)
 
 
-# So many strides that checks of types would only repeat themselves.
+# Thousands of strides: checks of types would only repeat themselves.
 @pytest.mark.plain
 @pytest.mark.parametrize(
     ("seq_len", "summary"),
@@ -259,7 +259,7 @@ def test_patterns_are_values(pattern: Pattern, another: Pattern) -> None:
 
 
 def _reach(*layers: Tensor) -> Tensor:
-    """The positions that each one reaches through layers in order, each with a residual path."""
+    """Return which positions each one reaches through layers in order, with residual paths."""
     reach = torch.eye(len(layers[0]), dtype=torch.int64)
     for layer in layers:
         reach = ((layer.long() + torch.eye(len(layer), dtype=torch.int64)) @ reach).clamp(max=1)

@@ -154,7 +154,7 @@ def test_windows_keep_the_compilers_rules(reads: str) -> None:
 
 
 def _check_operation(forward: Any, inputs: Inputs, last: tuple[Any, ...]) -> None:
-    """PyTorch's own checks of an operation and of the one that is its backward."""
+    """Run PyTorch's own checks of an operation and of the one that is its backward."""
     query, key, value = inputs.leaves()
     torch.library.opcheck(forward.default, (query, key, value, *last))
     _, lse = forward(*inputs[:3], *last)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def eager() -> dict[str, int]:
-    """Bytes beyond inputs, output and gradients, over one forward and backward."""
+    """Measure the bytes beyond inputs, output and gradients, over one forward and backward."""
     return peaks("eager")
 
 

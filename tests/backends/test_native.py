@@ -68,7 +68,7 @@ def test_long_sequences_against_float64(case: Case) -> None:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """The distance of all entries together, relative to what is expected."""
+    """Return the distance of all entries together, relative to what is expected."""
     finite = expected.isfinite()
     assert torch.equal(found.isfinite(), finite)
     error = (found.double() - expected)[finite].square().mean().sqrt()

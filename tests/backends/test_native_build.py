@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,58 @@ import torch
 
 import colonnade
 from colonnade.backends.native import build
-from tests.backends.fresh import Report, start
+from tests.fresh import Fresh, start
 
 why_not = colonnade.backends()["native"]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=f"native {why_not}")
+
+
+TRY = """
+import json, torch, colonnade
+query = torch.randn(1, 1, 6, 4)
+pattern = colonnade.FixedPattern(4, 1)
+try:
+    colonnade.attention(query, query, query, pattern, backend="native")
+    asked = None
+except NotImplementedError as error:
+    asked = str(error)
+why = colonnade.backends()["native"]
+chosen = colonnade.explain(query, query, query, pattern).backend
+colonnade.attention(query, query, query, pattern)
+print(json.dumps({"why": why, "asked": asked, "chosen": chosen}))
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Findings of a process that tried the backend.
+
+    Attributes:
+        why: The reason in `backends()` why native does not run.
+        asked: The error of a call that names it.
+        chosen: The backend of a call that names none.
+        said: Standard error.
+    """
+
+    why: str | None
+    asked: str | None
+    chosen: str
+    said: str
+
+
+def _start(cache: Path, **environment: str) -> Fresh:
+    """Start a process that tries the backend with a folder for the library."""
+    return start(TRY, environment={"COLONNADE_CACHE": str(cache)} | environment)
+
+
+def _report(process: Fresh) -> Report:
+    done = process.finish()
+    assert done.returncode == 0, done.stderr
+    return Report(**json.loads(done.stdout), said=done.stderr)
+
+
+def _try(cache: Path, **environment: str) -> Report:
+    return _report(_start(cache, **environment))
 
 
 def _compiler(folder: Path, what: str) -> str:
@@ -47,7 +97,7 @@ def test_where_it_cannot_run_it_says_why(
     environment: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
     """In backends() and in the error of who asked for it by name; "auto" takes eager."""
-    found = start(tmp_path, **environment).report()
+    found = _try(tmp_path, **environment)
     assert found.chosen == "eager"
     assert found.why is not None
     assert found.asked is not None
@@ -59,7 +109,7 @@ def test_where_it_cannot_run_it_says_why(
 def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
     """Its last lines; nothing is left in the cache."""
     compiler = _compiler(tmp_path, "echo 'error: no such header' >&2; exit 3")
-    found = start(tmp_path / "cache", CXX=compiler).report()
+    found = _try(tmp_path / "cache", CXX=compiler)
     assert "ended with 3, saying\nerror: no such header" in str(found.why)
     assert found.chosen == "eager"
     assert list((tmp_path / "cache").iterdir()) == []
@@ -67,7 +117,7 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
 
 def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     compiler = _compiler(tmp_path, 'echo "not a library" >"$out"')
-    found = start(tmp_path / "cache", CXX=compiler).report()
+    found = _try(tmp_path / "cache", CXX=compiler)
     assert "could not load what it built" in str(found.why)
     assert "Delete" in str(found.why)
     assert found.chosen == "eager"
@@ -75,12 +125,12 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 def test_it_is_built_once_and_says_so_in_one_line(tmp_path: Path) -> None:
     compiler = _compiler(tmp_path, _copy_library())
-    found = start(tmp_path / "cache", CXX=compiler).report()
+    found = _try(tmp_path / "cache", CXX=compiler)
     assert found == Report(why=None, asked=None, chosen="native", said=found.said)
     assert len(found.said.splitlines()) == 1
     assert "Compiling the native kernel" in found.said
     (library,) = (tmp_path / "cache").iterdir()
-    again = start(tmp_path / "cache", CXX=compiler).report()
+    again = _try(tmp_path / "cache", CXX=compiler)
     assert again == Report(why=None, asked=None, chosen="native", said="")
     assert list((tmp_path / "cache").iterdir()) == [library]
 
@@ -88,37 +138,37 @@ def test_it_is_built_once_and_says_so_in_one_line(tmp_path: Path) -> None:
 def test_a_killed_builder_is_in_nobodys_way(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     slow = _compiler(tmp_path, 'echo half >"$out"; sleep 600')
-    victim = start(cache, CXX=slow)
+    victim = _start(cache, CXX=slow)
     while not list(cache.glob("building-*/*.so")):
         assert victim.process.is_alive()
         time.sleep(0.05)
     victim.kill()
-    found = start(cache, CXX=_compiler(tmp_path, _copy_library())).report()
+    found = _try(cache, CXX=_compiler(tmp_path, _copy_library()))
     assert found.chosen == "native"
 
 
 def test_several_builders_at_once(tmp_path: Path) -> None:
     compiler = _compiler(tmp_path, f"sleep 1; {_copy_library()}")
-    started = [start(tmp_path / "cache", CXX=compiler) for _ in range(4)]
-    assert [trial.report().chosen for trial in started] == ["native"] * 4
+    started = [_start(tmp_path / "cache", CXX=compiler) for _ in range(4)]
+    assert [_report(process).chosen for process in started] == ["native"] * 4
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_eight_real_builders_at_once(tmp_path: Path) -> None:
-    started = [start(tmp_path / "cache") for _ in range(8)]
-    assert [trial.report().chosen for trial in started] == ["native"] * 8
+    started = [_start(tmp_path / "cache") for _ in range(8)]
+    assert [_report(process).chosen for process in started] == ["native"] * 8
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_a_real_builder_killed_in_the_middle(tmp_path: Path) -> None:
-    victim = start(tmp_path / "cache")
+    victim = _start(tmp_path / "cache")
     while not list(tmp_path.glob("cache/building-*")):
         time.sleep(0.05)
     time.sleep(3)
     victim.kill()
-    assert start(tmp_path / "cache").report().chosen == "native"
+    assert _try(tmp_path / "cache").chosen == "native"
 
 
 def test_what_it_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

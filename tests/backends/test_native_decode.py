@@ -29,7 +29,7 @@ each_dtype = pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 def _decode(
     query: Tensor, key: Tensor, value: Tensor, reads: Tensor | None, scale: float
 ) -> Tensor:
-    """The output of backend "native" over all entries, or those that `reads` marks."""
+    """Return the output of backend "native" over all entries, or those that `reads` marks."""
     seen = Seen(None if reads is None else reads[:, :, None])
     return native.attend(query, key, value, Call(FullPattern(), scale, keys=seen))[0]
 
@@ -39,7 +39,7 @@ def _case(kept: int, group: int = 2, qk_dim: int = 24, v_dim: int = 16) -> Case:
 
 
 def _half(case: Case) -> Tensor:
-    """About half of the entries; none in the first row's first head."""
+    """Draw about half of the entries; none in the first row's first head."""
     generator = torch.Generator().manual_seed(case.seed)
     reads = torch.rand(case.batch, case.kv_heads, case.kv_len, generator=generator) < 0.5
     reads[0, 0] = False
@@ -47,7 +47,7 @@ def _half(case: Case) -> Tensor:
 
 
 def _check(case: Case, dtype: torch.dtype, masked: bool) -> None:
-    """Each key head of each row by itself, with the entries that it reads and no others."""
+    """Check each key head of each row by itself, with the entries that it reads and no others."""
     inputs = case.inputs(dtype)
     reads = _half(case) if masked else None
     whole = _decode(*inputs[:3], reads, case.scale)

@@ -13,7 +13,7 @@ from tests.cache.common import MERGED, alone, decode, decode_padded, draw, each,
 
 @pytest.fixture(params=["native", "without native"])
 def perhaps_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token as C++ computes it, where that runs, and as PyTorch does."""
+    """Compute a token in C++, where that runs, and by PyTorch."""
     if request.param == "without native":
         monkeypatch.setattr(native, "reason_declined", lambda *_: "is switched off")
 

@@ -26,7 +26,7 @@ LENGTHS = (21, 9, 1)
 
 
 def _padded(side: str) -> tuple[Tensor, Tensor]:
-    """Tokens [3, 21] and the mask that says which are there."""
+    """Return tokens [3, 21] and the mask that says which are there."""
     mask = torch.arange(21) < torch.tensor(LENGTHS)[:, None]
     return tokens(3, 21), (mask.flip(1) if side == "left" else mask).long()
 

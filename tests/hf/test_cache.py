@@ -24,7 +24,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 20, "pad_token_id": 0}
 
 
 def _model(name: str) -> Any:
-    """Ours in one of its settings, with room for 80 positions; or another, retrofitted."""
+    """Return ours in one of its settings, with room for 96 positions; or another, retrofitted."""
     if name in SETTINGS:
         return random_model(max_position_embeddings=96, **SETTINGS[name])
     return retrofit(dense_model(name), 8, 2, subblocks=2, layers=[0, 2])

@@ -46,7 +46,7 @@ def _source_distribution(folder: Path) -> Path:
 
 
 def _lay_out(archive: Path, folder: Path) -> None:
-    """A folder `tests` with the common tests, the stubs and ours."""
+    """Fill a folder `tests` with the common tests, the stubs and ours."""
     tests = folder / "tests"
     with tarfile.open(archive) as content:
         for member in content:

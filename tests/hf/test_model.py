@@ -44,7 +44,7 @@ MASKS: dict[tuple[str, str], list[Tensor]] = {
     ("local", "merged"): [mask_of_sets(29, 2, lambda head, i: local_set(i, 29, 8))] * 3,
     ("full", "merged"): [mask_of_sets(29, 2, lambda head, i: full_set(i, 29))] * 3,
 }
-"""What the two key heads of each of three layers read, by pattern and scheme."""
+"""Masks of the two key heads of each of three layers, by pattern and scheme."""
 
 
 @pytest.mark.parametrize("preset", ["demo", "small"])

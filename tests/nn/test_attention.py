@@ -32,13 +32,13 @@ def _layer(pattern: Pattern | tuple[Pattern, ...], **sizes: Any) -> SelfAttentio
 
 
 def _angles(seq_len: int, head_dim: int, batch: int = 1) -> Angles:
-    """Another angle for each batch row, position and pair; both halves of a head turn alike."""
+    """Draw an angle for each batch row, position and pair; both halves of a head turn alike."""
     angle = 3 * torch.rand(batch, seq_len, head_dim // 2, dtype=torch.float64)
     return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
 
 
 def _turn(heads: Tensor, rotary: Angles) -> Tensor:
-    """Each pair (i, i + head_dim/2) as a complex number, times e^(i·angle)."""
+    """Multiply each pair (i, i + head_dim/2), as a complex number, by e^(i·angle)."""
     half = heads.shape[-1] // 2
     turn = torch.complex(rotary[0], rotary[1])[:, None, :, :half]
     turned = torch.complex(heads[..., :half], heads[..., half:]) * turn
@@ -46,7 +46,7 @@ def _turn(heads: Tensor, rotary: Angles) -> Tensor:
 
 
 def _by_hand(layer: SelfAttention, x: Tensor, mask: Tensor, rotary: Angles | None = None) -> Tensor:
-    """The layer's mathematics, head by head; mask is [kv_heads, seq_len, seq_len]."""
+    """Compute the layer's mathematics, head by head; mask is [kv_heads, seq_len, seq_len]."""
 
     def project(weight: Tensor, bias: Tensor, heads: int) -> Tensor:
         width = len(bias) // heads

@@ -39,7 +39,7 @@ def _angles(batch: int, seq_len: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_gradients(layer: SelfAttention, outs: list[Tensor], x: Tensor) -> None:
-    """The same gradients for x and every parameter, whichever of two ways the output came."""
+    """Assert that x and every parameter have the same gradients in both ways."""
     weight = torch.randn_like(outs[0])
     wanted = [x, *layer.parameters()]
     # Side by side: some are 0 but for rounding, as a key's bias moves all scores of a row alike.

@@ -14,7 +14,7 @@ from tests.rounding import check_half_the_digits
 
 
 def _feed_forward(network: FeedForward, x: Tensor) -> Tensor:
-    """W_2 f(W_1 x + b_1) + b_2, f(x) = x / (1 + e^(-1.702 x)), entry by entry."""
+    """Return W_2 f(W_1 x + b_1) + b_2, f(x) = x / (1 + e^(-1.702 x)), entry by entry."""
     hidden = x @ network.up_proj.weight.T + network.up_proj.bias
     active = [h / (1 + math.exp(-1.702 * h)) for h in hidden.flatten().tolist()]
     f = torch.tensor(active, dtype=torch.float64).reshape(hidden.shape)
@@ -28,7 +28,7 @@ def _norm(norm: nn.LayerNorm, x: Tensor, eps: float) -> Tensor:
 
 
 def _block(dropout: float = 0.0, eps: float = 1e-5) -> ResidualBlock:
-    """A block whose norms are no identity, as after some training."""
+    """Return a block whose norms are no identity, as after some training."""
     attention = SelfAttention(6, 2, FixedPattern(4, 1))
     block = ResidualBlock(attention, 6, 10, dropout=dropout, eps=eps).double()
     for norm in (block.attention_norm, block.feed_forward_norm):

@@ -39,7 +39,7 @@ OF_NATIVE = ("fixed", "summary", "multihead")
 
 
 def each_pattern_and_way(one: torch.dtype, other: torch.dtype) -> pytest.MarkDecorator:
-    """Every pattern in the type of `one`, and in `other` those that go another way there."""
+    """Try every pattern in the type of `one`, and in `other` those that go another way there."""
     tried = [(name, one) for name in PATTERNS] + [(name, other) for name in OF_NATIVE]
     values = [(PATTERNS[name], dtype) for name, dtype in tried]
     ids = [f"{name}-{dtype}" for name, dtype in tried]
@@ -70,7 +70,7 @@ def _fresh_compiler() -> Iterator[None]:
 def _gradients(
     layer: SelfAttention, function: Any, x: Tensor, autocast: bool = False, **options: Any
 ) -> list[Tensor]:
-    """Output and gradients; the backward belongs outside of autocast, as PyTorch advises."""
+    """Return output and gradients; the backward belongs outside of autocast, as PyTorch advises."""
     leaf = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y = function(leaf, **options)

@@ -18,6 +18,9 @@ from colonnade.nn import ResidualBlock, SelfAttention
 from colonnade.ops.heads import Patterns
 from tests.cases import fixed_patterns, set_of
 
+# Hundreds of small stacks: checks of types would only repeat themselves.
+pytestmark = pytest.mark.plain
+
 HEAD_DIM = 4
 
 lengths = st.integers(1, 20)
@@ -66,7 +69,7 @@ def _where(n: int, connected: Callable[[int, int], bool]) -> Tensor:
 
 
 def _through_sets(n: int, *layers: Callable[[int], set[int]]) -> Tensor:
-    """[n, n] by following the sets that layers read, from the last layer to the first."""
+    """Return [n, n] by following the sets that layers read, from the last layer to the first."""
     rows = []
     for i in range(n):
         reached = {i}

@@ -34,7 +34,7 @@ each_batch = pytest.mark.parametrize(("rows", "where"), BATCHES.values(), ids=BA
 def _results(
     block: ResidualBlock, x: Tensor, where: dict[str, Tensor], **recompute: Any
 ) -> list[Tensor]:
-    """Output and all gradients of one step, always from the same seed."""
+    """Return output and all gradients of one step, always from the same seed."""
     torch.manual_seed(2)
     leaf = x.clone().requires_grad_()
     block.zero_grad()

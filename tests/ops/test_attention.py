@@ -96,7 +96,7 @@ def test_full_pattern_is_aligned_at_the_bottom_right(
 
 
 def _for_the_dense_kernel(case: Case) -> Case:
-    """With values as wide as keys, and as many queries as keys."""
+    """Return it with values as wide as keys, and as many queries as keys."""
     return replace(case, q_len=case.kv_len, v_dim=case.qk_dim)
 
 
@@ -230,7 +230,7 @@ def test_without_return_lse_the_output_comes_alone(pattern: Pattern) -> None:
         assert pair[1].shape == (2, 4, 13)
 
 
-# So many calls of one kind that checks of types would only repeat themselves.
+# Hundreds of calls of one kind: checks of types would only repeat themselves.
 @pytest.mark.plain
 @pytest.mark.parametrize(
     "case",

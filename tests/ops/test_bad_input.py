@@ -32,12 +32,12 @@ SHAPES = {"query": (2, 4, 6, 8), "key": (2, 2, 6, 8), "value": (2, 2, 6, 8)}
 
 
 def _shaped(**shapes: tuple[int, ...]) -> list[Any]:
-    """Query, key and value, some of them of another shape than fits."""
+    """Return query, key and value, some of them of another shape than fits."""
     return [torch.zeros(shape) for shape in (SHAPES | shapes).values()]
 
 
 def _changed(**changes: Callable[[Tensor], object]) -> list[Any]:
-    """Query, key and value, some of them made into something else."""
+    """Return query, key and value, some of them made into something else."""
     tensors: dict[str, Any] = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     for name, change in changes.items():
         tensors[name] = change(tensors[name])

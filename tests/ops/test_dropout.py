@@ -20,7 +20,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def _weights(case: Case, query: Tensor, key: Tensor, p: float, backend: str, seed: int) -> Tensor:
-    """The weights [B, H, q_len, kv_len] after dropout: the output where values are unit vectors."""
+    """Return the weights [B, H, q_len, kv_len] after dropout: values are unit vectors."""
     torch.manual_seed(seed)
     unit = torch.eye(case.kv_len, dtype=query.dtype).expand(*key.shape[:2], -1, -1)
     return output(query, key, unit, case.pattern, backend, case.scale, p)

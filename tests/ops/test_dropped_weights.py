@@ -70,7 +70,7 @@ def _weights(case: Case, query: Tensor, key: Tensor) -> Pair:
 
 
 def _kept(case: Case, query: Tensor, key: Tensor, found: Tensor, p: float) -> Tensor:
-    """The weights that were kept, [batch, heads, q_len, kv_len] of 0 and 1; none outside the sets.
+    """Return the weights that were kept, [batch, heads, q_len, kv_len] of 0 and 1.
 
     `found` is the output for unit vectors as values: each entry is 0 or a weight over 1 - p.
     """
@@ -82,7 +82,7 @@ def _kept(case: Case, query: Tensor, key: Tensor, found: Tensor, p: float) -> Te
 
 
 def _check_gradients(case: Case, inputs: Inputs, p: float, backend: str) -> None:
-    """Output, log-sum-exp and gradients equal those of dense products with the weights kept."""
+    """Assert that all results equal those of dense products with the weights kept."""
     unit = torch.eye(case.kv_len, dtype=torch.float64)
     unit = unit.expand(case.batch, case.kv_heads, -1, -1)
     rows = _run(case, inputs.query, inputs.key, unit, p, backend)[0]
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_dense_products_with_the_weights_kept(case: Case,
         _check_gradients(case, case.inputs(), p, backend)
 
 
-# The tests marked plain make so many calls of one kind that checks of types only repeat themselves.
+# Tests marked plain make hundreds of calls of one kind: checks of types would repeat themselves.
 @pytest.mark.plain
 @each_pattern
 def test_gradients_equal_differences_of_the_same_draws(pattern: Pattern) -> None:

@@ -24,7 +24,7 @@ def _stride(case: Case) -> int:
 
 
 def _plans(case: Case) -> list[tuple[range, Plan]]:
-    """Each group of key heads with its plan."""
+    """Return each group of key heads with its plan."""
     pattern = case.pattern
     assert isinstance(pattern, FixedPattern)
     return [
@@ -34,7 +34,7 @@ def _plans(case: Case) -> list[tuple[range, Plan]]:
 
 
 def _keys_read(plan: Plan, index: int, q_len: int) -> Reads:
-    """For each query the key positions that it reads in ascending order, as often as it reads them.
+    """Return the key positions that each query reads, ascending, as often as it reads them.
 
     The rule at the top of plan.py, written once more, column by column of the bare table, for the
     plan's head number `index`.
@@ -54,7 +54,7 @@ def _keys_read(plan: Plan, index: int, q_len: int) -> Reads:
 
 
 def _sets(pattern: FixedPattern, lengths: Sequence[int], head: int) -> Reads:
-    """The keys that the definition has each query read, of documents one after the other."""
+    """Return the keys that the definition has each query of packed documents read."""
     sets, begin = [], 0
     for length in lengths:
         sets += [sorted(begin + j for j in set_of(pattern, i, length, head)) for i in range(length)]
@@ -113,7 +113,7 @@ def test_rows_are_runs_of_queries_inside_one_block(case: Case) -> None:
 
 
 def _check_bounds(plan: Plan, kv_len: int) -> None:
-    """Every piece lies where there is something to read."""
+    """Assert that every piece lies where there is something to read."""
     slots = plan.gather.shape[1]
     own_keys = slots if plan.own_from_slots else kv_len
     for row in table_rows(plan.table):
