@@ -42,7 +42,7 @@ PLANS = {"fixed": 1, "multihead": 2, "interleaved": 2, "strided": 0}
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the contents of a tensor were looked at, by the name of the method."""
+    """Counts of the looks into the contents of a tensor, by the name of the method."""
     counts: Counter[str] = Counter()
 
     def counting(name: str) -> Callable[..., Any]:
