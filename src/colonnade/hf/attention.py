@@ -132,10 +132,10 @@ _PACKED_CODE = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
 def _parts(function: Callable[..., Any]) -> Iterator[Any]:
     """Yield the functions that a mask function was put together from."""
     inner = []
-    for held in getclosurevars(function).nonlocals.values():
-        inner += [f for f in (held if isinstance(held, tuple) else (held,)) if callable(f)]
-    for held in inner:
-        yield from _parts(held)
+    for found in getclosurevars(function).nonlocals.values():
+        inner += [f for f in (found if isinstance(found, tuple) else (found,)) if callable(f)]
+    for each in inner:
+        yield from _parts(each)
     if not inner:
         yield function
 

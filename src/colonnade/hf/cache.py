@@ -227,12 +227,13 @@ class FixedCache(Cache):
                 f"attention_mask.shape={tuple(attention_mask.shape)} for {seen} positions in the "
                 f"cache and {length} new ones."
             )
-        held = self.layers[0].kv.seq_lens
-        if seen and attention_mask[:, :seen].sum(1).tolist() != held:
+        kept = torch.tensor(self.layers[0].kv.seq_lens)
+        tokens = attention_mask[:, :seen].sum(1).long().cpu()
+        if seen and not torch.equal(tokens, kept):
             raise ValueError(
                 "attention_mask must say of earlier positions what it said when they came: what "
                 f"was left out then is not in the cache. Its rows have now "
-                f"{attention_mask[:, :seen].sum(1).tolist()} tokens there, and had {held}."
+                f"{tokens.tolist()} tokens there, and had {kept.tolist()}."
             )
 
     def update(

@@ -125,7 +125,7 @@ def _positions(begins: list[int], length: int) -> Tensor:
 
 
 class _Operands:
-    """The operands of one run of rows after another, in the type that is computed in."""
+    """The operands of one tile after another, in the type that is computed in."""
 
     def __init__(
         self,

@@ -165,13 +165,13 @@ class _Laid:
         self.v = self._lines(value.masked_fill(bad, 0.0)[:, :, None].to(self.compute))
         real = torch.ones(self.kv_len, 1, dtype=torch.bool, device=key.device)
         real, sizes = self._lines(real), (self.q_lines, self.q_columns)
-        self.pieces: list[_Window | _Column] = []
+        self.regions: list[_Window | _Column] = []
         if reads != "summary":
-            self.pieces.append(_Window(*sizes, real, as_printed=reads == "local"))
+            self.regions.append(_Window(*sizes, real, as_printed=reads == "local"))
         if reads in ("merged", "summary"):
-            self.pieces.append(_Column(*sizes, real, with_itself=reads == "summary"))
+            self.regions.append(_Column(*sizes, real, with_itself=reads == "summary"))
         bad = self._lines(bad[:, :, None])
-        self.reached = torch.stack([piece.reaches(bad) for piece in self.pieces]).any(0)
+        self.reached = torch.stack([region.reaches(bad) for region in self.regions]).any(0)
 
     def queries(self, tensor: Tensor) -> Tensor:
         """[B, Hq, Tq, D] as [B, Hkv, G, q_lines, q_columns, D]."""
@@ -192,18 +192,18 @@ class _Laid:
         return flat[..., flat.shape[-2] - length :, :].flatten(1, 2).contiguous()
 
     def scores(self) -> Tensor:
-        """q kᵀ of all pieces side by side, -inf where a query does not read a key."""
-        visible = [piece.visible for piece in self.pieces]
-        products = [piece.products(self.q, self.k) for piece in self.pieces]
+        """q kᵀ of all regions side by side, -inf where a query does not read a key."""
+        visible = [region.visible for region in self.regions]
+        products = [region.products(self.q, self.k) for region in self.regions]
         masked = [
             p.masked_fill_(~seen, -math.inf) for p, seen in zip(products, visible, strict=True)
         ]
         return torch.cat(masked, -1)
 
     def split(self, weights: Tensor) -> list[tuple[_Window | _Column, Tensor]]:
-        """Each piece with its share of what lies side by side."""
-        parts = weights.split([piece.num_keys for piece in self.pieces], -1)
-        return list(zip(self.pieces, parts, strict=True))
+        """Each region with its share of what lies side by side."""
+        parts = weights.split([region.num_keys for region in self.regions], -1)
+        return list(zip(self.regions, parts, strict=True))
 
 
 # The schemas are spelled out: read off annotations they would depend on who wraps the functions.
@@ -235,7 +235,7 @@ def _forward(
         lse = scores.logsumexp(-1, keepdim=True)
         weights = scores.sub_(lse).exp_()
         weights *= dropout.factors(weights)
-        outs = [piece.weigh(own, laid.v) for piece, own in laid.split(weights)]
+        outs = [region.weigh(own, laid.v) for region, own in laid.split(weights)]
         # A value that is not finite reaches its readers, and nobody else as 0 · NaN.
         out = sum(outs[1:], outs[0]).masked_fill_(laid.reached, math.nan)
         out, lse = (laid.unlaid(t, laid.q_len) for t in (out, lse))
@@ -269,17 +269,17 @@ def _backward(
         d_out = laid.queries(grad_out)
         weights = laid.scores().sub_(laid.queries(lse[..., None])).exp_()
         kept = dropout.factors(weights)
-        d_weights = torch.cat([piece.products(d_out, laid.v) for piece in laid.pieces], -1)
+        d_weights = torch.cat([region.products(d_out, laid.v) for region in laid.regions], -1)
         d_weights *= kept
         delta = (weights * d_weights).sum(-1, keepdim=True) - laid.queries(grad_lse[..., None])
         d_scores = d_weights.sub_(delta).mul_(weights)
-        d_query = [piece.weigh(own, laid.k) for piece, own in laid.split(d_scores)]
+        d_query = [region.weigh(own, laid.k) for region, own in laid.split(d_scores)]
         d_key, d_value = (t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in (laid.k, laid.v))
-        for (piece, own_scores), (_, own_weights) in zip(
+        for (region, own_scores), (_, own_weights) in zip(
             laid.split(d_scores), laid.split(weights.mul_(kept)), strict=True
         ):
-            piece.spread(own_scores, laid.q, d_key)
-            piece.spread(own_weights, d_out, d_value)
+            region.spread(own_scores, laid.q, d_key)
+            region.spread(own_weights, d_out, d_value)
         d_key, d_value = (t.sum(2, keepdim=True) for t in (d_key, d_value))
         return (
             laid.unlaid(sum(d_query[1:], d_query[0]).mul_(scale), laid.q_len).to(query.dtype),
