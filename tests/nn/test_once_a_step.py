@@ -22,7 +22,7 @@ from colonnade.backends import choice
 from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM
 from colonnade.nn import SelfAttention
 from colonnade.ops.heads import Patterns
-from tests.hf.test_model import enable_recomputation
+from tests.hf.models import enable_recomputation
 
 # Once is enough: with run-time type checks twelve layers take three times as long.
 pytestmark = pytest.mark.plain
@@ -152,7 +152,8 @@ def _model(name: str, mode: str) -> SparseTransformerForCausalLM:
         pattern="strided" if name == "strided" else "fixed",
         scheme="interleaved" if name == "interleaved" else "merged",
     )
-    model = SparseTransformerForCausalLM(config).train(mode != "inference")
+    model = SparseTransformerForCausalLM(config)
+    model.train(mode != "inference")
     if mode == "checkpointed":
         enable_recomputation(model)
     return model
