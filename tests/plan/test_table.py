@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from colonnade import FixedPattern
 from colonnade.pattern import Part
-from colonnade.plan.lines import block_and_offset
 from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan, table_rows
 from tests.cases import PARTS, Case, cases, fixed_patterns, set_of
 
@@ -232,13 +231,3 @@ def test_one_document_is_one_sequence(
         assert torch.equal(packed.gather, alone.gather)
         assert torch.equal(packed.shift, alone.shift)
         assert packed.own_from_slots == alone.own_from_slots
-
-
-@given(
-    positions=st.lists(st.integers(0, 10**6), min_size=1, max_size=5), stride=st.integers(1, 1000)
-)
-def test_block_and_offset(positions: list[int], stride: int) -> None:
-    """Python's own division is the independent one here."""
-    rows, columns = block_and_offset(torch.tensor([positions]), stride)
-    assert rows.tolist() == [[divmod(i, stride)[0] for i in positions]]
-    assert columns.tolist() == [[divmod(i, stride)[1] for i in positions]]
