@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colonnade import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
+from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
 from colonnade.cost import Cost, Sizes, comparison, cost, num_kept
 from tests import oracle
 
@@ -87,6 +88,27 @@ def test_pairs_work_and_bytes_are_counted_head_by_head(name: str) -> None:
     assert (got.forward_flops, got.backward_flops) == (forward * 10, backward * 10)
     assert got.cache_entries == max(most_held(sets, length, head) for head in range(3))
     assert got.cache_bytes == held * (2 + 4) * 2 * 10
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_entries_are_those_that_a_cache_reads(name: str) -> None:
+    """Token by token: as wide as the widest step, and no wider than what the cache keeps."""
+    pattern, _ = PATTERNS[name]
+    heads, width, num_stored = 3, 0, 0
+    cache = KVCache(pattern)
+    for length in range(1, 41):
+        keys, _ = cache.append(*torch.zeros(2, 1, heads, 1, 1))
+        width, num_stored = max(width, keys.shape[2]), max(num_stored, cache.num_stored)
+        kept = [num_kept(pattern, length, head) for head in range(heads)]
+        assert num_stored <= width
+        match pattern:
+            case FixedPattern(part="merged" | "local") | FullPattern():
+                assert kept == [width] * heads
+            case LocalPattern(window=window):  # What left the window is moved away together.
+                assert kept == [num_stored] * heads
+                assert width == min(length, 2 * window)
+            case _:  # The open block as a whole, or everything.
+                assert max(kept) <= width
 
 
 @given(stride=st.integers(1, 12), length=st.integers(1, 40), head=st.integers(0, 3), data=st.data())
