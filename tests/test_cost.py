@@ -53,28 +53,6 @@ def test_entries_are_those_of_a_decoder(pattern: Pattern) -> None:
 
 
 @each_small_pattern
-def test_a_cache_keeps_as_many(pattern: Pattern) -> None:
-    """Under part "summary" it keeps the open block whole, of strided patterns everything.
-
-    A window is moved once in as many tokens; until then its cache keeps up to twice as much.
-    """
-    cache, widest, kept = KVCache(pattern), 0, 0
-    for length in range(1, 41):
-        key, value = torch.zeros(2, 1, 2, 1, 1)
-        keys, _ = cache.append(key, value)
-        widest = max(widest, keys.shape[2])
-        kept = max(kept, cache.num_stored)
-        most = max(num_kept(pattern, length, head) for head in range(2))
-        if isinstance(pattern, FixedPattern) and pattern.part != "summary":
-            assert widest == most
-        else:
-            assert widest >= most
-        if isinstance(pattern, FullPattern | LocalPattern):
-            assert kept == most
-        assert kept <= widest
-
-
-@each_small_pattern
 def test_pairs_work_and_bytes_are_counted_head_by_head(pattern: Pattern) -> None:
     """One query head at a time, one pair at a time."""
     length = 17
@@ -97,6 +75,27 @@ def test_pairs_work_and_bytes_are_counted_head_by_head(pattern: Pattern) -> None
     assert (got.forward_flops, got.backward_flops) == (forward * 10, backward * 10)
     assert got.cache_entries == max(most_kept(pattern, length, head) for head in range(3))
     assert got.cache_bytes == kept * (2 + 4) * 2 * 10
+
+
+@each_small_pattern
+def test_entries_are_those_that_a_cache_reads(pattern: Pattern) -> None:
+    """Token by token: as wide as the widest step, and no wider than what the cache keeps."""
+    heads, width, num_stored = 3, 0, 0
+    cache = KVCache(pattern)
+    for length in range(1, 41):
+        key, value = torch.zeros(2, 1, heads, 1, 1)
+        keys, _ = cache.append(key, value)
+        width, num_stored = max(width, keys.shape[2]), max(num_stored, cache.num_stored)
+        kept = [num_kept(pattern, length, head) for head in range(heads)]
+        assert num_stored <= width
+        match pattern:
+            case FixedPattern(part="merged" | "local") | FullPattern():
+                assert kept == [width] * heads
+            case LocalPattern(window=window):  # What left the window is moved away together.
+                assert kept == [num_stored] * heads
+                assert width == min(length, 2 * window)
+            case _:  # The open block as a whole, or everything.
+                assert max(kept) <= width
 
 
 @given(stride=st.integers(1, 12), length=st.integers(1, 40), head=st.integers(0, 3), data=st.data())

@@ -15,6 +15,8 @@ from colonnade.pattern import (
     Pattern,
     StridedPattern,
     check_count,
+    check_counts,
+    check_multiple,
 )
 from colonnade.plan.kept import kept_begin
 
@@ -53,12 +55,7 @@ class Sizes:
         for name in ("heads", "kv_heads", "width", "qk_width", "layers", "batch"):
             check_count(name, getattr(self, name), minimum=1)
         for name, divisor in (("heads", "kv_heads"), ("width", "heads"), ("qk_width", "heads")):
-            many, few = getattr(self, name), getattr(self, divisor)
-            if many % few != 0:
-                raise ValueError(
-                    f"{name} must be a multiple of {divisor}, got {name}={many} and "
-                    f"{divisor}={few}; {name}={-(-many // few) * few} would be."
-                )
+            check_multiple(name, getattr(self, name), divisor, getattr(self, divisor))
         if self.dtype not in BYTES:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got dtype={self.dtype!r}.")
 
@@ -138,11 +135,18 @@ def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
     """Return the most positions that a decoder must keep on its way through `seq_len` of them.
 
     At step i it keeps {j <= i : some i' >= i reads j}, however long the sequence goes on. The
-    result is the largest of these counts for i < n = `seq_len`. A strided pattern, its "local" part
-    apart, keeps all n: in every later row some query reads the column of j. All others keep no more
-    than some query reads, |S_i|, which is largest at the last position or at the end of the last
-    complete block: fixed with B = ceil(n/l) blocks c·(B-1) + n - (B-1)·l or c·(B-2) + l, a window
-    min(n, window).
+    result is the largest of these counts for i < n = `seq_len`. Unless a strided pattern keeps its
+    columns, step i reads all that is kept: |S_i| positions. With B = ceil(n/l) blocks:
+
+    - fixed, merged: the open block up to i and the c summaries of every closed block. These are
+      c·(B-2) + l positions at the end of the last block but one, and c·(B-1) + n - (B-1)·l at the
+      last position; the larger counts;
+    - fixed, "local": min(n, l); "summary": the summary columns among n positions;
+    - strided: n, because in every later row some query reads the column of j; "local": min(n, l+1);
+    - local: min(n, window); full: n.
+
+    A `KVCache` may keep more: all of the open block under "summary", every position of a strided
+    pattern, and up to `window` positions that have left a window and are moved away together.
 
     Args:
         pattern: A causal pattern.
@@ -153,8 +157,7 @@ def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
         TypeError: A count is not an integer, or `pattern` is not one of this package's.
         ValueError: A count is below 0, or the pattern is bidirectional.
     """
-    check_count("seq_len", seq_len, minimum=0)
-    check_count("head", head, minimum=0)
+    check_counts(0, seq_len=seq_len, head=head)
     match pattern:
         case FixedPattern(causal=False) | FullPattern(causal=False):
             raise ValueError(
@@ -163,15 +166,11 @@ def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
         case StridedPattern(part="merged" | "summary"):
             return seq_len
         case FixedPattern() | StridedPattern() | LocalPattern() | FullPattern():
-            block_end = kept_begin(pattern, max(seq_len - 1, 0))
-            return max(_num_read(pattern, end, head) for end in (seq_len, block_end))
+            # |S_i| grows up to the end of a block, where a fixed pattern's may fall.
+            ends = [end for end in (seq_len, kept_begin(pattern, seq_len - 1)) if end > 0]
+            rows = (pattern.num_pairs(n, head) - pattern.num_pairs(n - 1, head) for n in ends)
+            return max(rows, default=0)
     raise TypeError(f"pattern must be one of this package's, got {type(pattern).__name__}.")
-
-
-def _num_read(pattern: Pattern, seq_len: int, head: int) -> int:
-    """The number of positions that the last of `seq_len` positions reads."""
-    before = pattern.num_pairs(max(seq_len - 1, 0), head)
-    return pattern.num_pairs(seq_len, head) - before
 
 
 def comparison(

@@ -20,6 +20,7 @@ from torch import Tensor
 from colonnade.shapes import Mask, Positions
 
 Part = Literal["merged", "local", "summary"]
+Factorized = TypeVar("Factorized", bound="_Factorized")
 
 
 @runtime_checkable
@@ -63,16 +64,13 @@ class Pattern(ABC):
             TypeError: A count is not an integer.
             ValueError: i lies outside the sequence, or a bidirectional pattern has no `seq_len`.
         """
-        check_count("i", i, minimum=0)
-        check_count("head", head, minimum=0)
-        if seq_len is None:
-            if not self.causal:
-                raise ValueError(
-                    f"a bidirectional pattern needs seq_len, got seq_len=None for {self}. "
-                    "Pass the length of the sequence."
-                )
-            seq_len = i + 1
-        check_count("seq_len", seq_len, minimum=0)
+        if seq_len is None and not self.causal:
+            raise ValueError(
+                f"a bidirectional pattern needs seq_len, got seq_len=None for {self}. "
+                "Pass the length of the sequence."
+            )
+        seq_len = i + 1 if seq_len is None else seq_len
+        check_counts(0, i=i, head=head, seq_len=seq_len)
         if i >= seq_len:
             raise ValueError(f"i must be in [0, seq_len), got i={i} and seq_len={seq_len}.")
         keys = torch.arange(i + 1 if self.causal else seq_len)
@@ -102,8 +100,32 @@ class Pattern(ABC):
         return self.num_pairs(seq_len, head) / FullPattern(self.causal).num_pairs(seq_len)
 
 
+class _Factorized(Pattern):
+    """A pattern that is the union of two factors, or one of them."""
+
+    part: Part
+
+    def factors(self: Factorized) -> tuple[Factorized, Factorized]:
+        """Return (A1, A2), the two factors whose union the merged pattern reads.
+
+        Raises:
+            ValueError: This pattern is itself a factor.
+        """
+        if self.part != "merged":
+            raise ValueError(
+                f"a pattern has factors only under part='merged', got part={self.part!r}. "
+                "It is itself a factor."
+            )
+        # Frozen dataclasses both.
+        return replace(self, part="local"), replace(self, part="summary")  # type: ignore[type-var]
+
+    def _check_part(self) -> None:
+        if self.part not in get_args(Part):
+            raise ValueError(f"part must be one of {get_args(Part)}, got part={self.part!r}.")
+
+
 @dataclass(frozen=True)
-class FixedPattern(Pattern):
+class FixedPattern(_Factorized):
     """Fixed factorized attention: a query's own block, and `summary` columns of every block.
 
     With l = `stride` and c = `summary`, block b is [b·l, (b+1)·l), and
@@ -139,9 +161,8 @@ class FixedPattern(Pattern):
     causal: bool = True
 
     def __post_init__(self) -> None:
-        check_count("stride", self.stride, minimum=1)
+        check_counts(1, stride=self.stride, subblocks=self.subblocks)
         check_count("summary", self.summary)
-        check_count("subblocks", self.subblocks, minimum=1)
         if not 1 <= self.summary <= self.stride:
             raise ValueError(
                 "summary must be in [1, stride], "
@@ -152,7 +173,7 @@ class FixedPattern(Pattern):
                 "subblocks · summary must be at most stride, got "
                 f"subblocks={self.subblocks}, summary={self.summary} and stride={self.stride}."
             )
-        _check_part(self.part)
+        self._check_part()
         check_flag("causal", self.causal)
 
     def summary_columns(self, head: int = 0) -> range:
@@ -176,16 +197,13 @@ class FixedPattern(Pattern):
 
         The causal merged pattern has m·l(l+1)/2 + c·l·m(m-1)/2 pairs over m whole blocks.
         """
-        _check_sizes(seq_len, head)
+        check_counts(0, seq_len=seq_len, head=head)
         blocks, rest = divmod(seq_len, self.stride)
-        within_block = FullPattern(self.causal)
-        own = blocks * within_block.num_pairs(self.stride) + within_block.num_pairs(rest)
-        of_own_block = blocks * self._own_summary_pairs(self.stride, head)
-        of_own_block += self._own_summary_pairs(rest, head)
+        full, summaries = FullPattern(self.causal).num_pairs, self._own_summary_pairs
+        own = blocks * full(self.stride) + full(rest)
+        of_own_block = blocks * summaries(self.stride, head) + summaries(rest, head)
         if self.causal:
-            of_other_blocks = self.summary * (
-                self.stride * blocks * (blocks - 1) // 2 + rest * blocks
-            )
+            of_other_blocks = self.summary * _sum_of_rows(seq_len, self.stride)
         else:
             in_sequence = blocks * self.summary + self._summaries_within(rest, head)
             of_other_blocks = seq_len * in_sequence - of_own_block
@@ -207,14 +225,6 @@ class FixedPattern(Pattern):
         """Return the number of summary columns among the first `length` tokens of a block."""
         return min(max(length - self.summary_columns(head).start, 0), self.summary)
 
-    def factors(self) -> tuple[FixedPattern, FixedPattern]:
-        """Return (A1, A2), the two factors whose union the merged pattern reads.
-
-        Raises:
-            ValueError: This pattern is itself a factor.
-        """
-        return _factors(self)
-
     @staticmethod
     def best_stride(seq_len: int, summary: int) -> int:
         """Return the stride that minimises n·l/2 + c·n²/(2l): sqrt(c·n), rounded, within [c, n].
@@ -225,8 +235,7 @@ class FixedPattern(Pattern):
             TypeError: A count is not an integer.
             ValueError: A count is below 1, or `summary` is larger than `seq_len`.
         """
-        check_count("seq_len", seq_len, minimum=1)
-        check_count("summary", summary, minimum=1)
+        check_counts(1, seq_len=seq_len, summary=summary)
         if summary > seq_len:
             raise ValueError(
                 f"summary must be at most seq_len, got summary={summary} and seq_len={seq_len}."
@@ -235,7 +244,7 @@ class FixedPattern(Pattern):
 
 
 @dataclass(frozen=True)
-class StridedPattern(Pattern):
+class StridedPattern(_Factorized):
     """Strided factorized attention: the last positions, and every `stride`-th one before them.
 
     With l = `stride`,
@@ -263,7 +272,7 @@ class StridedPattern(Pattern):
 
     def __post_init__(self) -> None:
         check_count("stride", self.stride, minimum=1)
-        _check_part(self.part)
+        self._check_part()
 
     def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
         """Return True where `key` is in the window or in the column of `query`, as `part` says."""
@@ -276,22 +285,13 @@ class StridedPattern(Pattern):
 
         Merged, these are the pairs of a window of l keys, and for n = m·l another l·m(m-1)/2.
         """
-        _check_sizes(seq_len, head)
-        rows, rest = divmod(seq_len, self.stride)
-        above = self.stride * rows * (rows - 1) // 2 + rest * rows
+        check_counts(0, seq_len=seq_len, head=head)
+        above = _sum_of_rows(seq_len, self.stride)
         return {
             "merged": _window_pairs(seq_len, self.stride) + above,
             "local": _window_pairs(seq_len, self.stride + 1),
             "summary": seq_len + above,
         }[self.part]
-
-    def factors(self) -> tuple[StridedPattern, StridedPattern]:
-        """Return (A1, A2), the two factors whose union the merged pattern reads.
-
-        Raises:
-            ValueError: This pattern is itself a factor.
-        """
-        return _factors(self)
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class LocalPattern(Pattern):
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """Return m(m+1)/2 + (n-m)·window for n = `seq_len` and m = min(n, window)."""
-        _check_sizes(seq_len, head)
+        check_counts(0, seq_len=seq_len, head=head)
         return _window_pairs(seq_len, self.window)
 
 
@@ -343,7 +343,7 @@ class FullPattern(Pattern):
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """Return n(n+1)/2, or n² if not `causal`, for n = `seq_len`."""
-        _check_sizes(seq_len, head)
+        check_counts(0, seq_len=seq_len, head=head)
         return seq_len * (seq_len + 1) // 2 if self.causal else seq_len * seq_len
 
     def as_fixed(self, stride: int) -> FixedPattern:
@@ -359,9 +359,19 @@ def check_count(name: str, value: int, minimum: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {name}={value}.")
 
 
-def _check_sizes(seq_len: int, head: int) -> None:
-    check_count("seq_len", seq_len, minimum=0)
-    check_count("head", head, minimum=0)
+def check_counts(minimum: int, **counts: int) -> None:
+    """Refuse anything but integers of at least `minimum`, named as the arguments that they are."""
+    for name, count in counts.items():
+        check_count(name, count, minimum)
+
+
+def check_multiple(name: str, value: int, of: str, divisor: int) -> None:
+    """Refuse a `value` that is not a multiple of `divisor`, the value of `of`."""
+    if value % divisor != 0:
+        raise ValueError(
+            f"{name} must be a multiple of {of}, got {name}={value} and {of}={divisor}; "
+            f"{name}={value - value % divisor + divisor} would be."
+        )
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -370,24 +380,13 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be a bool, got {name}={value!r}.")
 
 
-def _check_part(part: str) -> None:
-    if part not in get_args(Part):
-        raise ValueError(f"part must be one of {get_args(Part)}, got part={part!r}.")
-
-
-_Factorized = TypeVar("_Factorized", FixedPattern, StridedPattern)
-
-
-def _factors(pattern: _Factorized) -> tuple[_Factorized, _Factorized]:
-    if pattern.part != "merged":
-        raise ValueError(
-            f"a pattern has factors only under part='merged', got part={pattern.part!r}. "
-            "It is itself a factor."
-        )
-    return replace(pattern, part="local"), replace(pattern, part="summary")
-
-
 def _window_pairs(seq_len: int, window: int) -> int:
     """Return the number of pairs (i, j) with i - window < j <= i and i < `seq_len`."""
     growing = min(seq_len, window)
     return growing * (growing + 1) // 2 + (seq_len - growing) * window
+
+
+def _sum_of_rows(seq_len: int, stride: int) -> int:
+    """Return the sum of i // stride over i < `seq_len`: l·m(m-1)/2 for m whole rows."""
+    rows, rest = divmod(seq_len, stride)
+    return stride * rows * (rows - 1) // 2 + rest * rows

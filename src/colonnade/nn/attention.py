@@ -11,7 +11,7 @@ from colonnade.cache import KVCache
 from colonnade.ops.check import check_padding, check_probability
 from colonnade.ops.heads import Patterns, attention_in_groups, check_patterns
 from colonnade.ops.packing import Packing
-from colonnade.pattern import check_count
+from colonnade.pattern import check_counts, check_multiple
 from colonnade.shapes import CuSeqlens, Hidden, Key, Output, Query, Rotary, Value
 
 
@@ -24,21 +24,24 @@ class SelfAttention(nn.Module):
 
     Args:
         embed_dim: Width of x and y; a multiple of `num_heads`.
-        num_heads: Query heads.
-        pattern: Which positions each position reads. A tuple of p patterns splits the key heads
-            into p groups, the first ones longer by one where they do not divide; each group counts
-            its sub-blocks from 0.
-        num_kv_heads: Key/value heads, a divisor of `num_heads`; `num_heads` if None.
+        num_heads: Number of query heads.
+        pattern: The positions that each position reads. A tuple of p patterns splits the key heads
+            into p head groups, the first ones longer by one where p does not divide their number;
+            each head group counts its sub-blocks from 0.
+        num_kv_heads: Number of key/value heads, a divisor of `num_heads`; `num_heads` if None.
         qk_dim: Width of the queries, summed over heads; `embed_dim` if None. The paper's
             "half-size" queries and keys are `embed_dim // 2`.
         dropout: Probability of dropping a weight of the attention, in training. The paper drops at
             the end of a residual branch only, see `ResidualBlock`.
-        backend: "auto", or the backend that has to run, in `new_cache` too. It raises where it does
-            not take a call.
+        backend: "auto", or the backend that has to run, here and in caches from `new_cache`. It
+            raises for a call that it does not take.
 
     Raises:
-        TypeError: A count is not an integer, or `pattern` is neither a pattern nor a tuple of them.
-        ValueError: Widths and heads do not divide, or fewer key heads than patterns.
+        TypeError: A count is not an integer, `dropout` is not a number, `backend` is not a str, or
+            `pattern` is neither a pattern nor a tuple of them.
+        ValueError: A width or a number of heads is below 1 or not a multiple as above, there are
+            fewer key heads than patterns, `dropout` lies outside [0, 1], or no backend has that
+            name.
     """
 
     def __init__(
@@ -54,7 +57,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         qk_dim = embed_dim if qk_dim is None else qk_dim
-        _check_sizes(embed_dim, num_heads, num_kv_heads, qk_dim)
+        check_counts(
+            1, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_dim=qk_dim
+        )
+        check_multiple("embed_dim", embed_dim, "num_heads", num_heads)
+        check_multiple("qk_dim", qk_dim, "num_heads", num_heads)
+        check_multiple("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         check_patterns(pattern, num_kv_heads)
         check_probability("dropout", dropout)
         check_backend(backend)
@@ -83,20 +91,21 @@ class SelfAttention(nn.Module):
         Args:
             x: [batch, seq_len, embed_dim].
             cache: A cache from `new_cache`. x then holds the positions that follow those in it, and
-                is appended; the result equals the same positions of one call over everything.
-            cu_seqlens: [documents + 1]: where documents begin and end that lie one after the other
-                in x, whose batch is 1. See `attention_varlen`.
-            padding_mask: [batch, seq_len], True where there is a token. Each row gives what its
-                tokens alone would give, and 0 where there is none; blocks are counted from its
-                first token.
+                they are appended; the result equals the same positions of one call over everything.
+            cu_seqlens: [documents + 1]: the boundaries of documents that lie one after the other in
+                x, whose batch is 1. See `attention_varlen`.
+            padding_mask: [batch, seq_len], True at tokens. Each batch row gives what its tokens
+                alone would give, and 0 at padding; blocks are counted from its first token.
             rotary: (cos, sin), each [batch or 1, seq_len, qk_dim / num_heads], applied to queries
                 and keys: t · cos + rotate_half(t) · sin, rotate_half(a, b) = (-b, a) on the halves.
 
         Raises:
-            TypeError: `padding_mask` is no bool tensor, or `cu_seqlens` no tensor of integers.
-            ValueError: Shapes that do not fit, both `cu_seqlens` and `padding_mask`, or a cache of
-                another pattern or together with `cu_seqlens`.
-            NotImplementedError: A cache together with dropout.
+            TypeError: `cache` is not a KVCache, `padding_mask` is not a bool tensor, or
+                `cu_seqlens` is not a tensor of integers.
+            ValueError: Shapes do not fit, `cu_seqlens` comes with `padding_mask` or `cache`, or the
+                cache is one of another pattern.
+            NotImplementedError: A cache comes with dropout, or the named backend does not take this
+                call.
         """
         _check_layout(x, cu_seqlens, padding_mask)
         dropout = self.dropout if self.training else 0.0
@@ -142,7 +151,7 @@ class SelfAttention(nn.Module):
             )
 
     def project(self, x: Hidden, rotary: Rotary | None = None) -> tuple[Query, Key, Value]:
-        """Return queries, keys and values of x, [batch, heads, seq_len, head_dim] each."""
+        """Return the queries, keys and values of x, [batch, heads, seq_len, head_dim] each."""
         query = self.query_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         key = self.key_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         value = self.value_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
@@ -151,7 +160,7 @@ class SelfAttention(nn.Module):
         return query, key, value
 
     def merge_heads(self, out: Output) -> Hidden:
-        """Put the heads' outputs side by side, and project them."""
+        """Put the heads' outputs side by side, and apply the output projection."""
         merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 
@@ -159,9 +168,9 @@ class SelfAttention(nn.Module):
 def rotate(
     tensor: Float[Tensor, "batch heads seq_len head_dim"], rotary: Rotary
 ) -> Float[Tensor, "batch heads seq_len head_dim"]:
-    """Rotate by position: t · cos + rotate_half(t) · sin (Su et al. 2021, arXiv:2104.09864).
+    """Return t · cos + rotate_half(t) · sin, rotary positions (Su et al. 2021, arXiv:2104.09864).
 
-    The pairs that turn together are (i, i + head_dim/2), as in transformers' Llama.
+    Entries i and i + head_dim/2 turn together, as in transformers' Llama.
 
     Raises:
         ValueError: head_dim is odd.
@@ -174,27 +183,6 @@ def rotate(
     cos, sin = (angle[:, None] for angle in rotary)
     first, second = tensor.chunk(2, -1)
     return tensor * cos + torch.cat([-second, first], -1) * sin
-
-
-def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, qk_dim: int) -> None:
-    for name, count in (
-        ("embed_dim", embed_dim),
-        ("num_heads", num_heads),
-        ("num_kv_heads", num_kv_heads),
-        ("qk_dim", qk_dim),
-    ):
-        check_count(name, count, minimum=1)
-    for name, width in (("embed_dim", embed_dim), ("qk_dim", qk_dim)):
-        if width % num_heads != 0:
-            raise ValueError(
-                f"{name} must be a multiple of num_heads, "
-                f"got {name}={width} and num_heads={num_heads}."
-            )
-    if num_heads % num_kv_heads != 0:
-        raise ValueError(
-            "num_heads must be a multiple of num_kv_heads, "
-            f"got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
-        )
 
 
 def _check_layout(x: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
