@@ -54,8 +54,10 @@ class Info:
 
     def for_measurement(self) -> dict[str, Any]:
         """Return the facts that a time on this machine depends on."""
-        matters = ("versions", "processor", "instructions", "torch_kernels", "threads")
-        return {name: getattr(self, name) for name in matters}
+        return {
+            name: getattr(self, name)
+            for name in ("versions", "processor", "instructions", "torch_kernels", "threads")
+        }
 
 
 def info(packages: Iterable[str], build: bool = False) -> Info:
@@ -79,7 +81,14 @@ def info(packages: Iterable[str], build: bool = False) -> Info:
         threads=torch.get_num_threads(),
         compiler=_compiler_version(),
         python_headers=_has_python_headers(),
-        gpus=_gpus(),
+        gpus=[
+            {
+                "name": gpu.name,
+                "compute_capability": f"{gpu.major}.{gpu.minor}",
+                "memory_bytes": gpu.total_memory,
+            }
+            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ],
         backends=colonnade.backends(build),
     )
 
@@ -123,16 +132,3 @@ def _compiler_version() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return Path(path).name
     return (said.stdout.splitlines() or [Path(path).name])[0]
-
-
-def _gpus() -> list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return []
-    return [
-        {
-            "name": gpu.name,
-            "compute_capability": f"{gpu.major}.{gpu.minor}",
-            "memory_bytes": gpu.total_memory,
-        }
-        for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    ]

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from colonnade.pattern import Pattern
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 READ, NOT_READ = "█", "·"
 HIGHLIGHT, ROW = "#d1495b", "#f6c9cf"
@@ -57,36 +53,32 @@ def draw_pattern(
         ValueError: `row` lies outside [0, seq_len), or matplotlib does not know the file's ending.
         OSError: The file cannot be written.
     """
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
     _check_row(row, seq_len)
     figure = Figure(figsize=(4.2 * num_heads, 4.6), layout="constrained")
-    masks = pattern.mask(seq_len, num_heads)
+    # 0 is not read and 1 is read; in the highlighted row 2 is not read and 3 is read.
+    colors = ListedColormap(["#f4f4f2", COLOR, ROW, HIGHLIGHT])
+    shades = pattern.mask(seq_len, num_heads).byte()
+    if row is not None:
+        shades[:, row] += 2
     for head in range(num_heads):
         axes = figure.add_subplot(1, num_heads, head + 1)
-        _draw_mask(axes, masks[head].tolist(), row)
+        axes.imshow(shades[head].tolist(), cmap=colors, vmin=0, vmax=3, interpolation="nearest")
+        if seq_len <= 64:
+            edges = [position - 0.5 for position in range(1, seq_len)]
+            axes.hlines(edges, -0.5, seq_len - 0.5, color="white", linewidth=0.4)
+            axes.vlines(edges, -0.5, seq_len - 0.5, color="white", linewidth=0.4)
+        axes.tick_params(labelsize=8)
+        axes.set(xlabel="key position", ylabel="query position" if head == 0 else "")
         if num_heads > 1:
             axes.set_title(f"head {head}", fontsize=10)
-        axes.set_xlabel("key position")
-        if head == 0:
-            axes.set_ylabel("query position")
-    pairs = pattern.num_pairs(seq_len)
-    figure.suptitle(f"{pattern}\n{pairs:,} pairs, {pattern.density(seq_len):.1%}", fontsize=8)
+    figure.suptitle(
+        f"{pattern}\n{pattern.num_pairs(seq_len):,} pairs, {pattern.density(seq_len):.1%}",
+        fontsize=8,
+    )
     figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def _draw_mask(axes: Axes, mask: list[list[bool]], row: int | None) -> None:
-    from matplotlib.colors import ListedColormap
-
-    # 0 is not read and 1 is read; in the highlighted row 2 is not read and 3 is read.
-    shades = [[int(read) + 2 * (i == row) for read in line] for i, line in enumerate(mask)]
-    colors = ListedColormap(["#f4f4f2", COLOR, ROW, HIGHLIGHT])
-    axes.imshow(shades, cmap=colors, vmin=0, vmax=3, interpolation="nearest")
-    if len(mask) <= 64:
-        edges = [position - 0.5 for position in range(1, len(mask))]
-        axes.hlines(edges, -0.5, len(mask) - 0.5, color="white", linewidth=0.4)
-        axes.vlines(edges, -0.5, len(mask) - 0.5, color="white", linewidth=0.4)
-    axes.tick_params(labelsize=8)
 
 
 def draw_loss(
@@ -116,8 +108,7 @@ def draw_loss(
             linestyle="--",
             label=f"validation, at the end: {held_out:.2f}",
         )
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
+    axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -263,6 +263,7 @@ def mistakes(run: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[obje
         "cost widths": (["cost", "--qk-width", 4], "qk_width=4 and heads=8"),
         "cost layers": (["cost", "--layers", 0], "layers=0"),
         "cost dtype": (["cost", "--dtype", "int8"], "dtype='int8'"),
+        "flex backward": (["bench", "--flex", "--backward"], "leave out --flex or --backward"),
         "no such option": (["show", "--strid", 4], "--strid"),
     }
 

@@ -50,12 +50,9 @@ def compare_tiles(
 
 def _read(line: str) -> Comparison:
     """Read a comparison from the line of JSON that this module prints."""
-    read = json.loads(line)
-    seconds, ratio = (
-        {name: Spread(**spread) for name, spread in read[measure].items()}
-        for measure in ("seconds", "ratio")
+    return Comparison(
+        **json.loads(line, object_hook=lambda read: Spread(**read) if "median" in read else read)
     )
-    return Comparison(seconds, ratio, read["rounds"])
 
 
 def _compare_in_this_process(

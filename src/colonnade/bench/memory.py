@@ -30,8 +30,7 @@ def masked_bytes(sizes: Sizes) -> int:
 
 def masked_fits(sizes: Sizes) -> bool:
     """Whether attention under a boolean mask is short enough to be timed and has room."""
-    has_room = masked_bytes(sizes) <= MASKED_SHARE * physical_memory()
-    return has_room and sizes.seq_len <= MASKED_LIMIT
+    return sizes.seq_len <= MASKED_LIMIT and masked_bytes(sizes) <= MASKED_SHARE * physical_memory()
 
 
 def physical_memory() -> int:
@@ -60,8 +59,7 @@ def _peak_of_this_process(sizes: Sizes, contender: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # The peak restarts from what is there now.
     before = _resident("VmRSS")
     results = run()
-    tensors = results if isinstance(results, tuple) else (results,)
-    returned = sum(t.numel() * t.element_size() for t in tensors)
+    returned = sum(t.nbytes for t in (results if isinstance(results, tuple) else (results,)))
     return int(_resident("VmHWM") - before - returned)
 
 

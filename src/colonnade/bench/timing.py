@@ -6,7 +6,7 @@ Each round runs every contender once, so that a machine that changes its speed c
 from __future__ import annotations
 
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,12 +67,11 @@ class Sizes:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw queries, keys, values and a gradient of the output from a normal distribution."""
         generator = torch.Generator().manual_seed(0)
-        heads = self.heads, self.kv_heads, self.kv_heads, self.heads
         query, key, value, grad = (
             torch.randn(self.batch, h, self.seq_len, self.head_dim, generator=generator).to(
                 getattr(torch, self.dtype)
             )
-            for h in heads
+            for h in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         )
         if self.backward:
             query, key, value = (t.requires_grad_() for t in (query, key, value))
@@ -110,20 +109,16 @@ class Comparison:
 
 def compare(contenders: Mapping[str, Contender], rounds: int = 9) -> Comparison:
     """Run every contender once in each of `rounds` rounds, after a round that does not count."""
-    timed = [{name: _seconds(run) for name, run in contenders.items()} for _ in range(rounds + 1)]
-    counted = timed[1:]
+    _, *counted = (
+        {name: timeit.timeit(run, number=1) for name, run in contenders.items()}
+        for _ in range(rounds + 1)
+    )
     first, *others = contenders
     return Comparison(
         {name: Spread.of([each[name] for each in counted]) for name in contenders},
         {name: Spread.of([each[name] / each[first] for each in counted]) for name in others},
         rounds,
     )
-
-
-def _seconds(run: Contender) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def contenders(sizes: Sizes, names: Sequence[str]) -> dict[str, Contender]:
@@ -135,8 +130,9 @@ def contenders(sizes: Sizes, names: Sequence[str]) -> dict[str, Contender]:
     query, key, value, grad = sizes.inputs()
     pattern = sizes.pattern()
     ours = partial(attention, query, key, value, pattern)
-    grouped = sizes.heads != sizes.kv_heads
-    pytorch = partial(scaled_dot_product_attention, query, key, value, enable_gqa=grouped)
+    pytorch = partial(
+        scaled_dot_product_attention, query, key, value, enable_gqa=sizes.heads != sizes.kv_heads
+    )
     forward: dict[str, Contender] = {
         "native": partial(ours, backend="native"),
         "eager": partial(ours, backend="eager"),

@@ -66,6 +66,8 @@ def bench(
     and the exponentials take alone.
     """
     with one_line_for_mistakes():
+        if flex and backward:
+            raise ValueError("--flex times the forward pass only; leave out --flex or --backward.")
         check_count("length", length, minimum=1)
         check_count("rounds", rounds, minimum=1)
         sizes = Sizes(
@@ -85,23 +87,25 @@ def bench(
     found = compare(contenders(sizes, names), rounds)
     limit = ceiling(sizes)
     tiles: dict[str, Comparison | str] = {}
-    if flex and not backward:
+    if flex:
         from colonnade.bench.flex import compare_tiles  # It loads PyTorch's compiler.
 
         tiles = compare_tiles(sizes, rounds=rounds)
     if as_json:
-        of_tiles = {
-            tile: each if isinstance(each, str) else asdict(each) for tile, each in tiles.items()
-        }
-        result = {"sizes": asdict(sizes), **asdict(found), "ceiling": limit, "flex": of_tiles}
-        typer.echo(json.dumps(result))
+        result = {"sizes": sizes, **asdict(found), "ceiling": limit, "flex": tiles}
+        typer.echo(json.dumps(result, default=asdict))
     else:
-        _print_times(found, tiles)
-        _print_limits(sizes, found, limit)
+        _print_times(sizes, found, limit, tiles)
 
 
-def _print_times(found: Comparison, tiles: dict[str, Comparison | str]) -> None:
-    """Print the time of each contender, and of FlexAttention at each tile that ran."""
+def _print_times(
+    sizes: Sizes, found: Comparison, limit: float, tiles: dict[str, Comparison | str]
+) -> None:
+    """Print the time of each contender, and of FlexAttention at each tile that ran.
+
+    Below the table, say why no mask was timed, if none was, and how much of the ceiling native
+    reaches.
+    """
     table = table_of("", "ms", "fastest", "slowest", "times native")
     rows = [
         *((name, each, found.ratio.get(name)) for name, each in found.seconds.items()),
@@ -114,12 +118,8 @@ def _print_times(found: Comparison, tiles: dict[str, Comparison | str]) -> None:
     for name, seconds, ratio in rows:
         numbers = [f"{1e3 * s:.4g}" for s in (seconds.median, seconds.low, seconds.high)]
         table.add_row(name, *numbers, times(ratio.median) if ratio else "")
-    Console(highlight=False).print(table)
-
-
-def _print_limits(sizes: Sizes, found: Comparison, limit: float) -> None:
-    """Print why no mask was timed, if none was, and how much of the ceiling native reaches."""
     console = Console(highlight=False)
+    console.print(table)
     if "masked" not in found.seconds:
         console.print(
             "masked, attention under a boolean mask, is left out: it takes "

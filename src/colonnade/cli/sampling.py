@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,16 +53,11 @@ def sample(
     _say_what_is_read(len(start), num_bytes, model.config.max_position_embeddings)
     set_seed(seed)
     draws: dict[str, Any] = {"temperature": temperature, "top_k": top_k} if temperature > 0 else {}
-    _write(start)
-    report = continue_bytes(model, start, num_bytes, _write, do_sample=temperature > 0, **draws)
-    _write(b"\n")
+    write = partial(typer.echo, nl=False)  # It takes bytes too, and flushes.
+    write(start)
+    report = continue_bytes(model, start, num_bytes, write, do_sample=temperature > 0, **draws)
+    typer.echo()
     typer.echo(f"{report}.", err=True)
-
-
-def _write(data: bytes) -> None:
-    """Write to standard output at once."""
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
 
 
 def _say_what_is_read(prompt_len: int, num_bytes: int, limit: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,9 +15,6 @@ from colonnade.cli.common import AsJson, RunFolder, app, one_line_for_mistakes
 from colonnade.info import good_at_bf16, has_compiler
 from colonnade.pattern import check_count
 from colonnade.plot import draw_loss
-
-if TYPE_CHECKING:
-    from colonnade.train.trainer import BitsTrainer
 
 OF_THE_MODEL = (
     "num_hidden_layers",
@@ -153,7 +150,7 @@ def train(
 
         logging.disable_progress_bar()  # That of writing files; the run has a bar of its own.
         if resume:
-            _refuse_others(context, {"out", "resume"})
+            _refuse_other_options(context)
             settings.RunSettings.load(out).corpus()
             folder.last_checkpoint(out)
         else:
@@ -170,32 +167,6 @@ def train(
             run.check(*new)
             folder.prepare_folder(out, overwrite)
     trainer = run.resume(out, typer.echo) if resume else run.start(*new, out, typer.echo)
-    _report(trainer, out)
-
-
-def _given(context: typer.Context, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the named parameters that have a value; the others keep the preset's."""
-    values = context.params
-    return {name: values[name] for name in names if values[name] is not None}
-
-
-def _refuse_others(context: typer.Context, allowed: set[str]) -> None:
-    """Refuse options besides --resume, which takes every setting from the run."""
-    # Every parameter of a running command has a source, whatever its type says.
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name not in allowed
-        and context.get_parameter_source(parameter.name or "").name == "COMMANDLINE"  # type: ignore[union-attr]
-    ]
-    if given:
-        raise ValueError(
-            f"--resume goes on with the settings of the run; leave out {', '.join(given)}."
-        )
-
-
-def _report(trainer: BitsTrainer, out: Path) -> None:
-    """Print the result of a run, and draw its loss if matplotlib is installed."""
     bits = trainer.state.log_history[-1]["eval_bits_per_byte"]
     typer.echo(f"{bits:.3f} bits per byte on windows of the validation bytes; model in {out}")
     try:
@@ -204,6 +175,27 @@ def _report(trainer: BitsTrainer, out: Path) -> None:
         if error.name != "matplotlib":
             raise
         typer.echo("no picture of the loss: matplotlib is not installed (extra 'plot').", err=True)
+
+
+def _given(context: typer.Context, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the named parameters that have a value; the others keep the preset's."""
+    values = context.params
+    return {name: values[name] for name in names if values[name] is not None}
+
+
+def _refuse_other_options(context: typer.Context) -> None:
+    """Refuse options besides --resume, which takes every setting from the run."""
+    # Every parameter of a running command has a source, whatever its type says.
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("out", "resume")
+        and context.get_parameter_source(parameter.name or "").name == "COMMANDLINE"  # type: ignore[union-attr]
+    ]
+    if given:
+        raise ValueError(
+            f"--resume goes on with the settings of the run; leave out {', '.join(given)}."
+        )
 
 
 @app.command()

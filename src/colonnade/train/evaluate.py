@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import lzma
 import math
@@ -111,8 +110,8 @@ def model_bits(
 @torch.inference_mode()
 def _score(model: PreTrainedModel, data: Bytes, batch: list[Window]) -> tuple[int, float]:
     """Return the number of bytes that a batch of windows scores, and their bits."""
-    text = np.stack([data[w.begin : w.end] for w in batch])
-    tokens = torch.from_numpy(text).long().to(model.device)
+    texts = [data[w.begin : w.end] for w in batch]
+    tokens = torch.from_numpy(np.stack(texts)).long().to(model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     nats: Tensor = functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
     position = torch.arange(1, tokens.shape[1])
@@ -131,8 +130,7 @@ def table_bits(corpus: Corpus, split: str, data: Bytes, order: int) -> float:
     for start in range(begin, end, COUNTED_AT_ONCE):
         read = corpus.read(max(start - order, begin), min(start + COUNTED_AT_ONCE, end))
         counts += np.bincount(_codes(read, order), minlength=len(counts))
-    table = counts.reshape(-1, 256)
-    totals = table.sum(1)
+    totals = counts.reshape(-1, 256).sum(1)
     codes = _codes(data, order)
     bits = np.log2(totals[codes // 256] + 1.0) - np.log2(counts[codes] + 1 / 256)
     return float((bits.sum() + 8 * (len(data) - len(codes))) / len(data))
@@ -142,14 +140,13 @@ def _codes(data: Bytes, order: int) -> np.ndarray[tuple[int], np.dtype[np.int64]
     """Encode every order + 1 consecutive bytes as one number, the last byte lowest."""
     length = max(len(data) - order, 0)
     digits = [data[at : at + length].astype(np.int64) for at in range(order + 1)]
-    return functools.reduce(lambda high, low: 256 * high + low, digits)
+    return np.polyval(digits, 256)
 
 
 def compressor_bits(data: Bytes) -> dict[str, float]:
     """Return bits per byte of `gzip -9` and `xz -9`."""
     raw = data.tobytes()
-    sizes = {
-        "gzip -9": len(gzip.compress(raw, 9, mtime=0)),
-        "xz -9": len(lzma.compress(raw, preset=9)),
+    return {
+        "gzip -9": 8 * len(gzip.compress(raw, 9, mtime=0)) / len(raw),
+        "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
     }
-    return {name: 8 * size / len(raw) for name, size in sizes.items()}

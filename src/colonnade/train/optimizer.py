@@ -31,31 +31,30 @@ def make_optimizer(
     """
     if name not in NAMES:
         raise ValueError(f"optimizer must be one of {NAMES}, got optimizer={name!r}.")
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model, "lm_head", None)
-    tables |= {id(head.weight)} if isinstance(head, nn.Linear) else set()
+    tables = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or (name == "lm_head" and isinstance(module, nn.Linear))
+    }
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
     others = [p for p in model.parameters() if p.ndim == 2 and id(p) in tables]
     vectors = [p for p in model.parameters() if p.ndim != 2]
+    decayed = others if name == "muon" else [*matrices, *others]
+    adamw = AdamW(
+        [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=BETAS,
+        fused=True,
+    )
     if name == "adamw":
-        return _adamw([*matrices, *others], vectors, learning_rate, weight_decay)
+        return adamw
     muon = Muon(
         matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return CombinedOptimizer(muon, _adamw(others, vectors, learning_rate, weight_decay))
-
-
-def _adamw(
-    decayed: list[nn.Parameter],
-    not_decayed: list[nn.Parameter],
-    learning_rate: float,
-    weight_decay: float,
-) -> AdamW:
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    return CombinedOptimizer(muon, adamw)
 
 
 class CombinedOptimizer(Optimizer):

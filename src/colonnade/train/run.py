@@ -7,18 +7,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM, byte_tokenizer
 from colonnade.pattern import check_count
-from colonnade.train.budget import steps_that_fit
 from colonnade.train.data import Corpus
 from colonnade.train.folder import last_checkpoint
 from colonnade.train.optimizer import make_optimizer
 from colonnade.train.settings import RunSettings
 from colonnade.train.trainer import BitsTrainer, make_trainer
+
+WARM_UP_STEPS, TIMED_STEPS = 5, 20
+"""Steps of a run of minutes that are run before it, timed and thrown away."""
 
 
 def check(config: SparseTransformerConfig, settings: RunSettings) -> None:
@@ -58,9 +62,14 @@ def start(
     model = _model(config, settings)
     say(f"{model.num_parameters():,} parameters; {len(corpus):,} bytes of {corpus.name}")
     if settings.steps == 0:
-        settings = replace(
-            settings, steps=steps_that_fit(model, corpus, settings, folder, started, say)
+        step_seconds = _seconds_per_step(model, corpus, settings, folder)
+        left = settings.minutes * 60 - (time.monotonic() - started)
+        steps = max(1, int(left / step_seconds))
+        say(
+            f"{step_seconds * 1000:.0f} ms a step: {steps} steps fill "
+            f"the {settings.minutes:g} minutes"
         )
+        settings = replace(settings, steps=steps)
     settings.save(folder)
     config.save_pretrained(folder)
     return _finish(model, corpus, settings, folder)
@@ -92,6 +101,42 @@ def _model(config: SparseTransformerConfig, settings: RunSettings) -> SparseTran
         for layer in model.model.layers:
             layer.block.compile()
     return model
+
+
+def _seconds_per_step(
+    model: SparseTransformerForCausalLM, corpus: Corpus, settings: RunSettings, folder: Path
+) -> float:
+    """Time steps of this very run, after compiling and warm-up; then restore weights and seed."""
+    initial = {name: weight.clone() for name, weight in model.state_dict().items()}
+    clock = _StepClock()
+    trainer = make_trainer(
+        model,
+        corpus,
+        replace(settings, steps=WARM_UP_STEPS + TIMED_STEPS),
+        folder,
+        callbacks=[clock],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.load_state_dict(initial)
+    model.zero_grad()
+    set_seed(settings.seed)
+    return (clock.ends[-1] - clock.ends[WARM_UP_STEPS - 1]) / TIMED_STEPS
+
+
+class _StepClock(TrainerCallback):
+    """Records when each step ends, in seconds."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.ends.append(time.monotonic())
 
 
 def _finish(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -85,7 +85,6 @@ def continue_bytes(
         tokens = torch.tensor([list(everything[-read:])], device=model.device)
         cache = FixedCache(model.config)
         stream = _Stream(everything, write)
-        start = time.perf_counter()
         # Without a mask transformers would take a byte that equals the pad token for padding.
         model.generate(  # type: ignore[operator]  # Typed as an attribute of any module.
             tokens,
@@ -95,31 +94,29 @@ def continue_bytes(
             streamer=stream,
             **options,
         )
-        report.prompt_seconds += stream.times[0] - start
-        report.seconds += stream.times[-1] - stream.times[0]
-        report.num_bytes += len(stream.times) - 1
+        report.prompt_seconds += stream.times[1] - stream.times[0]
+        report.seconds += stream.times[-1] - stream.times[1]
+        report.num_bytes += len(stream.times) - 2
         report.seen, report.kept = cache.get_seq_length(), cache.num_stored
         report.cache_bytes = cache.nbytes
     return report
 
 
+@dataclass
 class _Stream(BaseStreamer):
-    """Receives from `generate` first the prompt, then one byte after another."""
+    """Receives from `generate` first the prompt, then one byte after another, each with a time."""
 
-    def __init__(self, everything: bytearray, write: Callable[[bytes], object]) -> None:
-        self.everything = everything
-        self.write = write
-        self.times: list[float] = []
-        self.is_prompt = True
+    everything: bytearray
+    write: Callable[[bytes], object]
+    times: list[float] = field(default_factory=list)
 
     def put(self, value: Tensor) -> None:
         """Receive the next tokens."""
-        if not self.is_prompt:
+        self.times.append(time.perf_counter())
+        if len(self.times) > 1:
             new = bytes(value.flatten().tolist())
-            self.times.append(time.perf_counter())
             self.everything += new
             self.write(new)
-        self.is_prompt = False
 
     def end(self) -> None:
         """Do nothing: no byte has been held back."""
