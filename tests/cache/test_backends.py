@@ -172,3 +172,78 @@ def test_reading_before_anything_was_appended_is_refused() -> None:
     query, key, value = draw(3)
     with pytest.raises(ValueError, match="nothing was appended"):
         KVCache(MERGED).read(query, key, value)
+
+
+READ_MISTAKES: dict[str, tuple[type[Exception], str, Any]] = {
+    "batch": (ValueError, "must agree in batch", lambda q, k, v: (q.expand(3, -1, -1, -1), k, v)),
+    "heads": (ValueError, "must be a multiple", lambda q, k, v: (q[:, :4], k, v)),
+    "width": (ValueError, "in head width", lambda q, k, v: (q[..., :3], k, v)),
+    "length": (ValueError, "in heads and length", lambda q, k, v: (q, k, v[:, :, 1:])),
+    "type": (TypeError, "must have one dtype", lambda q, k, v: (q.float(), k, v)),
+    "integers": (TypeError, "query must be one of", lambda q, k, v: (q.long(), k, v)),
+    "queries": (ValueError, "those of the 3 positions", lambda q, k, v: (q[:, :, :2], k, v)),
+}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", READ_MISTAKES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_reading_checks_what_it_is_given(name: str, dtype: torch.dtype) -> None:
+    """As every other attention: the native kernel would read past the end of a tensor."""
+    error, message, change = READ_MISTAKES[name]
+    query, key, value = (t.to(dtype) for t in draw(8))
+    cache = KVCache(MERGED)
+    cache.append(key[:, :, :5], value[:, :, :5])
+    keys, values = cache.append(key[:, :, 5:], value[:, :, 5:])
+    with pytest.raises(error, match=message):
+        cache.read(*change(query[:, :, 5:], keys, values))
+
+
+@pytest.mark.plain
+def test_entries_come_alone_and_survive_being_rebuilt() -> None:
+    query, key, value = draw(6)
+    cache = KVCache(MERGED)
+    entries = cache.append(key, value)
+    with pytest.raises(ValueError, match="scale and dropout_p by name"):
+        cache.read(query, entries, 0.1)  # type: ignore[call-overload]
+    again = entries._replace(keys=entries.keys * 1)
+    assert torch.equal(cache.read(query, again), cache.read(query, entries))
+
+
+def test_a_mask_that_changes_later_does_not_change_entries() -> None:
+    query, key, value = draw(6, batch=2)
+    mask = torch.tensor([[True] * 6, [False, False, True, True, True, True]])
+    cache = KVCache(MERGED)
+    expected = KVCache(MERGED).attend(query, key, value, padding_mask=mask)
+    entries = cache.append(key, value, mask)
+    mask[:] = True
+    torch.testing.assert_close(cache.read(query, entries), expected, rtol=0, atol=1e-12)
+
+
+def test_a_cache_of_another_backend_than_the_layers_is_refused() -> None:
+    layer = SelfAttention(16, 2, MERGED, backend="reference")
+    with pytest.raises(ValueError, match=r"cache.backend='auto' and backend='reference'"):
+        layer(torch.randn(1, 3, 16), KVCache(MERGED))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("pattern", [MERGED, LocalPattern(4)], ids=str)
+def test_decoding_in_a_compiled_function(pattern: Any) -> None:
+    """The cache breaks the graph, and the results are those without a compiler."""
+    tensors = tuple(t.float() for t in draw(16))
+    torch.compiler.reset()
+    compiled_cache, cache = KVCache(pattern), KVCache(pattern)
+    step = torch.compile(lambda q, k, v: compiled_cache.attend(q, k, v), backend="eager")
+    with torch.no_grad():
+        for chunk in zip(*(t.split([13, 1, 1, 1], 2) for t in tensors), strict=True):
+            torch.testing.assert_close(step(*chunk), cache.attend(*chunk))
+
+
+def test_autocast_casts_what_a_cache_is_given() -> None:
+    query, key, value = (t.float() for t in draw(5, batch=2))
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    cache = KVCache(MERGED)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cache.read(query, cache.append(key, value, mask))
+    q, k, v = (t.bfloat16() for t in (query, key, value))
+    assert torch.equal(out, KVCache(MERGED).attend(q, k, v, padding_mask=mask))

@@ -177,6 +177,22 @@ def test_a_compiled_step_over_a_static_cache(name: str) -> None:
             logits = step(**inputs).logits
 
 
+@pytest.mark.plain
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # PyTorch's own
+def test_a_compiled_model_decodes_through_the_small_cache() -> None:
+    """The cache breaks the graph, and the results are those without a compiler."""
+    model = _model("llama")
+    ids = torch.randint(3, 40, (2, 20))
+    torch.compiler.reset()
+    results = []
+    for call in (model.forward, torch.compile(model.forward, backend="eager")):
+        cache = FixedCache(model.config)
+        with torch.no_grad():
+            chunks = [call(c, past_key_values=cache).logits for c in ids.split([15, 1, 1, 3], 1)]
+        results.append(torch.cat(chunks, 1))
+    torch.testing.assert_close(*results)
+
+
 @each_model
 def test_padding_anywhere_in_chunks(name: str) -> None:
     """Logits and gradients, as with a full cache."""

@@ -1,5 +1,8 @@
 """The backends, which run calls: each knows the plan, and none of the others.
 
+Import from here with `from colonnade.backends import …`: as an attribute of the package,
+`colonnade.backends` is the public function that lists them.
+
 call.py       one call: its options, and which keys there are
 documents.py  packed documents: their lengths, and batches of equal ones
 choice.py     the order of the backends, which one runs, and why not the others

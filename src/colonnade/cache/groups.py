@@ -66,7 +66,7 @@ class Groups:
             of_heads, rows = store.append(*new, counts, is_token, evicting)
             entries.append(of_heads)
             groups.append(KeptHeads(store.heads, rows, of_heads.keys.shape[2]))
-        self.layout = Layout(groups, is_token)
+        self.layout = Layout(groups, is_token, key.shape[2])
         return entries, self.layout
 
     def calls(
@@ -116,7 +116,8 @@ class Groups:
             check_padding(padding_mask, "the new positions", (batch, length))
             counts = _num_tokens(padding_mask)
             if any(count < length for count in counts):
-                is_token = padding_mask.to(key.device)
+                # A copy: it is read again with the entries, whatever becomes of the caller's.
+                is_token = padding_mask.clone().to(key.device)
         before = self.seq_lens or [0] * batch
         # Another batch size is refused below.
         longest = max((n + c for n, c in zip(before, counts, strict=False)), default=0)

@@ -12,7 +12,7 @@ from colonnade.backends.choice import Explanation, check_backend, explain_call
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.cache.groups import Groups
 from colonnade.cache.store import KeysAndValues, pad
-from colonnade.ops.check import check_tensors, make_call
+from colonnade.ops.check import check_tensors, check_together, make_call
 from colonnade.ops.heads import Patterns, check_patterns, join_heads
 from colonnade.ops.kept import Layout, attend_kept
 from colonnade.pattern import FullPattern, StridedPattern, check_count
@@ -28,8 +28,8 @@ class Entries(KeysAndValues):
     is followed by zeros. They may be views of the cache, good until it is used next.
     """
 
-    layout: Layout
-    """How `KVCache.read` finds its way in them."""
+    layout: Layout | None = None
+    """The way in which `KVCache.read` reads them; None: as those that were appended last."""
 
 
 class KVCache:
@@ -247,14 +247,27 @@ class KVCache:
             return_lse: Return (out, lse), lse [batch, heads, q_len].
 
         Raises:
-            ValueError: Nothing was appended.
+            TypeError, ValueError: As `attention`; or nothing was appended, the queries are not
+                those of the appended positions, or `values` come with all that `append` returned.
+            NotImplementedError: The backend that the cache was given does not take this.
         """
         layout = self._groups.layout
         if isinstance(keys, Entries):
-            layout, (keys, values) = keys.layout, keys
+            if values is not None:
+                raise ValueError(
+                    "what append returned holds the values too: give it alone, and scale and "
+                    "dropout_p by name."
+                )
+            layout, (keys, values) = keys.layout or layout, keys
         if layout is None or values is None:
             raise ValueError("read needs what append returned, and nothing was appended.")
         query, k, v = cast_as_autocast_would(query, keys, values)
+        check_together(query, k, v, "[batch, heads, seq, head_dim]")
+        if query.shape[2] != layout.q_len:
+            raise ValueError(
+                f"query must be those of the {layout.q_len} positions that were appended, got "
+                f"query.shape={tuple(query.shape)}."
+            )
         pairs = [KeysAndValues(k, v)]
         if len(layout.groups) > 1:
             pairs = [
@@ -296,10 +309,10 @@ class KVCache:
         return found if isinstance(self.pattern, tuple) else found[0]
 
     def crop(self, seq_len: int | list[int]) -> None:
-        """Forget the positions from `seq_len` on; rows that are shorter stay.
+        """Forget the positions from `seq_len` on; batch rows that are shorter stay.
 
         Args:
-            seq_len: For all rows, or a list with a number for each.
+            seq_len: For all batch rows, or a list with a number for each.
 
         Raises:
             TypeError: Anything but integers.
@@ -328,7 +341,7 @@ class KVCache:
             store.evict()
 
     def reorder(self, index: Tensor) -> None:
-        """Make row b what row index[b] was, as in beam search.
+        """Make batch row b what batch row index[b] was, as in beam search.
 
         Raises:
             TypeError: `index` is no tensor of integers.
@@ -342,7 +355,7 @@ class KVCache:
         self.select(index)
 
     def select(self, index: Tensor) -> None:
-        """Keep the rows index[0], index[1], … in this order; a row may come more than once.
+        """Keep the batch rows index[0], index[1], … in this order; one may come more than once.
 
         Raises:
             TypeError: `index` is no tensor of integers.
@@ -354,7 +367,7 @@ class KVCache:
             store.select(index, rows)
 
     def repeat(self, n: int) -> None:
-        """Repeat each row n times, one after the other, as `repeat_interleave` does."""
+        """Repeat each batch row n times, one after the other, as `repeat_interleave` does."""
         check_count("n", n, minimum=1)
         self.select(torch.arange(len(self.seq_lens)).repeat_interleave(n))
 

@@ -268,7 +268,7 @@ class FixedCache(Cache):
 
         Raises:
             ValueError: A positive number, or the shorter sequence would read what is gone. Call
-                `activate_past_recording` before the positions that shall be cropped.
+                `activate_past_recording` before the positions that are to be cropped.
         """
         if tokens_to_remove > 0:
             raise ValueError(

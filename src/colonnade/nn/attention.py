@@ -141,6 +141,11 @@ class SelfAttention(nn.Module):
                 "cache must be of the layer's pattern (see new_cache), got "
                 f"cache.pattern={cache.pattern} and pattern={self.pattern}."
             )
+        if self.backend not in ("auto", cache.backend):
+            raise ValueError(
+                "cache must have the layer's backend (see new_cache), got "
+                f"cache.backend={cache.backend!r} and backend={self.backend!r}."
+            )
         if cu_seqlens is not None:
             raise ValueError(
                 "give cache or cu_seqlens, not both: packed documents are not continued."

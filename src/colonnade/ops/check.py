@@ -18,7 +18,7 @@ WHOLE = Whole()
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse anything but [batch, heads, seq, head_dim] tensors that fit together."""
-    _check_together(query, key, value, "[batch, heads, seq, head_dim]")
+    check_together(query, key, value, "[batch, heads, seq, head_dim]")
     if query.shape[2] > key.shape[2]:
         raise ValueError(
             "query must not be longer than key: its rows are the last positions of the sequence; "
@@ -28,11 +28,14 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def check_packed_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse anything but [total, heads, head_dim] tensors that fit together."""
-    _check_together(query, key, value, "[total, heads, head_dim]")
+    check_together(query, key, value, "[total, heads, head_dim]")
 
 
-def _check_together(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
-    """Refuse what is true of no layout; heads are its second axis, and widths the last one."""
+def check_together(query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+    """Refuse tensors that are not in a layout, or do not fit together but for their lengths.
+
+    Heads are the second axis of the layout, and widths the last one.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}.")

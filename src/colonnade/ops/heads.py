@@ -78,7 +78,7 @@ def attention_in_groups(
         query: [batch, heads, q_len, qk_dim].
         key: [batch, kv_heads, kv_len, qk_dim].
         value: [batch, kv_heads, kv_len, v_dim].
-        patterns: Anything that `check_patterns` lets pass.
+        patterns: Anything that `check_patterns` accepts.
         packing: Which tokens there are, and which belong together; 0 comes out where there is none.
         **options: To the operation: scale, dropout_p, backend.
     """

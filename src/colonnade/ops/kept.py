@@ -36,6 +36,8 @@ class Layout(NamedTuple):
     groups: list[KeptHeads]
     is_token: Bool[Tensor, "batch q_len"] | None
     """False at queries that are padding; None: all are tokens."""
+    q_len: int
+    """Number of positions that came last, padding included."""
 
 
 def attend_kept(
@@ -83,7 +85,7 @@ def _attend_heads(
     q_len, rows = query.shape[2], kept.rows
     if len(rows) == 1 and is_token is None:
         call, span = kept_call(call, kept.heads.pattern, rows[0], q_len)
-        if span is not None and len(span) < key.shape[2]:
+        if span is not None and span.stop - span.start < key.shape[2]:
             key, value = key[:, :, span.start : span.stop], value[:, :, span.start : span.stop]
         return run(query, key, value, call, backend)
     if is_token is None:

@@ -97,7 +97,7 @@ class _Window:
         into[..., first - 1 + hidden : into.shape[-3] - 1, :, :] += above[..., hidden:, :, :]
 
     def reaches(self, bad: Tensor) -> Tensor:
-        """Whether a marked key lies in a query's window, by sums along lines."""
+        """Mark the queries whose window holds a marked key, by sums along lines."""
         above, own = self._keys(bad.long()).chunk(2, -2)
         to_the_right = above.flip(-2).cumsum(-2).flip(-2)
         if not self.as_printed:
@@ -138,7 +138,7 @@ class _Column:
         self._under(into).add_(spread.transpose(-3, -2))
 
     def reaches(self, bad: Tensor) -> Tensor:
-        """Whether a marked key lies in a query's column, or is its own, by sums down the lines."""
+        """Mark the queries whose column holds a marked key, or theirs, by sums down the lines."""
         counts = self._under(bad).long().cumsum(-3)
         return counts[..., self.num_keys - self.q_lines :, :, :] > 0
 

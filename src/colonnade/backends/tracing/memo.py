@@ -34,7 +34,8 @@ def remembered(make: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(make)
     def call(tensor: Tensor, *arguments: Any) -> Result:
-        if is_tracing():
+        # A subclass, such as a fake tensor, may have no contents.
+        if is_tracing() or type(tensor) is not Tensor:
             return make(tensor, *arguments)
         for is_it, of_arguments, result in tuple(known):
             if of_arguments == arguments and is_it(tensor):

@@ -16,6 +16,14 @@ at::Tensor rows_contiguous(const at::Tensor& tensor) {
 }
 
 Inputs rows_contiguous(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "tensors must be 4-D");
+  TORCH_CHECK(query.scalar_type() == key.scalar_type() && key.scalar_type() == value.scalar_type(),
+              "query, key and value must have one type");
+  const bool fit = query.size(0) == key.size(0) && query.size(3) == key.size(3) &&
+      key.sizes().slice(0, 3) == value.sizes().slice(0, 3) && key.size(1) > 0 &&
+      query.size(1) % key.size(1) == 0;
+  TORCH_CHECK(fit, "query, key and value must fit together, got ", query.sizes(), ", ", key.sizes(),
+              " and ", value.sizes());
   return {.query = rows_contiguous(query),
           .key = rows_contiguous(key),
           .value = rows_contiguous(value)};
