@@ -66,7 +66,6 @@ def info(packages: Iterable[str], build: bool = False) -> Info:
     With `build`, backends that have to be compiled are, if they never were.
     """
     capabilities = torch.cpu.get_capabilities()
-    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
     return Info(
         versions={
             "colonnade": colonnade.__version__,
@@ -74,7 +73,9 @@ def info(packages: Iterable[str], build: bool = False) -> Info:
             **{package: _version(package) for package in packages},
         },
         platform=platform.platform(),
-        processor=str(name).strip(),
+        processor=str(
+            capabilities.get("cpu_name") or platform.processor() or platform.machine()
+        ).strip(),
         instructions=sorted(name for name, has in capabilities.items() if has is True),
         torch_kernels=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count(),

@@ -53,8 +53,7 @@ def peak(sizes: Sizes, contender: str) -> int:
 
 
 def _peak_of_this_process(sizes: Sizes, contender: str) -> int:
-    warm_up = replace(sizes, seq_len=min(1_024, sizes.seq_len))
-    contenders(warm_up, [contender])[contender]()
+    contenders(replace(sizes, seq_len=min(1_024, sizes.seq_len)), [contender])[contender]()
     run = contenders(sizes, [contender])[contender]
     Path("/proc/self/clear_refs").write_text("5")  # The peak restarts from what is there now.
     before = _resident("VmRSS")

@@ -166,7 +166,8 @@ def ceiling(sizes: Sizes) -> float:
     Raises:
         NotImplementedError: "native" does not run on this machine.
     """
-    like = torch.empty(0, dtype=getattr(torch, sizes.dtype))
-    forward, backward = native.ceiling(like, sizes.head_dim, sizes.head_dim)
+    forward, backward = native.ceiling(
+        torch.empty(0, dtype=getattr(torch, sizes.dtype)), sizes.head_dim, sizes.head_dim
+    )
     busy = sizes.num_pairs() * (forward + backward if sizes.backward else forward)
     return busy / torch.get_num_threads()

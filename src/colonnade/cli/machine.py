@@ -126,8 +126,8 @@ def _print_times(
             f"{masked_bytes(sizes) / 2**30:,.1f} GiB, and is timed up to n = {MASKED_LIMIT:,} "
             "where memory holds it"
         )
-    share = limit / found.seconds["native"].median
-    console.print(f"ceiling {1e3 * limit:.4g} ms, of which native reaches {percent(share)}")
+    reached = percent(limit / found.seconds["native"].median)
+    console.print(f"ceiling {1e3 * limit:.4g} ms, of which native reaches {reached}")
 
 
 @app.command()

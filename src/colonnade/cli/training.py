@@ -179,8 +179,7 @@ def train(
 
 def _given(context: typer.Context, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the named parameters that have a value; the others keep the preset's."""
-    values = context.params
-    return {name: values[name] for name in names if values[name] is not None}
+    return {name: context.params[name] for name in names if context.params[name] is not None}
 
 
 def _refuse_other_options(context: typer.Context) -> None:

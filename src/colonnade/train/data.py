@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sysconfig
 from bisect import bisect_left, bisect_right
@@ -83,8 +82,7 @@ class Corpus:
         if file.stat().st_size < size:
             raise ValueError(f"{file} has become shorter while it was in use.")
         before = self._ends[index] - size
-        mapped: Bytes = self._map(file)
-        return mapped[max(begin - before, 0) : min(end - before, size)]
+        return self._map(file)[max(begin - before, 0) : min(end - before, size)]
 
 
 def open_corpus(path: Path) -> Corpus:
@@ -98,7 +96,12 @@ def open_corpus(path: Path) -> Corpus:
     if path.is_file():
         return Corpus([path], str(path))
     if path.is_dir():
-        return Corpus(_files_below(path, hidden=False), str(path))
+        files = [
+            file
+            for file in _files_below(path)
+            if not any(name.startswith(".") for name in file.relative_to(path).parts)
+        ]
+        return Corpus(files, str(path))
     problem = "is neither" if path.exists() else "does not exist"
     raise ValueError(f"data must be a file or a folder; {path} {problem}.")
 
@@ -112,22 +115,16 @@ def standard_library() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     sources = [
         file
-        for file in _files_below(root, hidden=True)
+        for file in _files_below(root)
         if file.suffix == ".py" and not _NOT_SOURCE & set(file.relative_to(root).parts[:-1])
     ]
     return Corpus(sources, f"the standard library of Python {platform.python_version()}")
 
 
-def _files_below(folder: Path, hidden: bool) -> list[Path]:
+def _files_below(folder: Path) -> list[Path]:
     """Return the regular files below a folder, sorted by their path from it."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if hidden or not name.startswith(".")]
-        found += [Path(place, name) for name in files if hidden or not name.startswith(".")]
     # Opening a pipe or a socket could wait forever.
-    return sorted(
-        (file for file in found if file.is_file()), key=lambda f: f.relative_to(folder).parts
-    )
+    return sorted(filter(Path.is_file, folder.rglob("*")), key=lambda file: file.parts)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -159,7 +156,7 @@ class Windows(Dataset[dict[str, Tensor]]):
     def draw(self, index: int) -> int:
         """Draw the first byte of window `index`."""
         generator = np.random.default_rng((self.seed, index))
-        return int(generator.integers(self.begin, self.end - self.context + 1))
+        return int(generator.integers(self.begin, self.end - self.context, endpoint=True))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         begin = self.draw(index)
@@ -183,8 +180,9 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         self, corpus: Corpus, split: str, context: int, num_windows: int, seed: int
     ) -> None:
         self._windows = Windows(corpus, split, context, num_windows, seed)
-        documents = np.array(corpus.documents(*corpus.split(split)))
-        begins, ends = np.random.default_rng(seed).permutation(documents).T
+        begins, ends = (
+            np.random.default_rng(seed).permutation(corpus.documents(*corpus.split(split))).T
+        )
         self._ends = (ends - begins).cumsum()
         # Of each document the first byte and the end in the stream, and from there to the corpus.
         self._stream = np.stack([self._ends - (ends - begins), self._ends, ends - self._ends], 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
@@ -36,9 +37,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(checkpoint)
         for weights in folder.glob("*.safetensors"):
             weights.unlink()
-    probe = folder / f".{SETTINGS_FILE}.tmp"
-    probe.write_text("")
-    probe.unlink()
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def last_checkpoint(folder: Path) -> Path:

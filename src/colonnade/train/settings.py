@@ -113,8 +113,8 @@ class RunSettings:
         self, corpus: Corpus, split: str, context: int, num_windows: int
     ) -> Windows | PackedWindows:
         """Return windows of a split, packed if the run is."""
-        windows = PackedWindows if self.pack else Windows
-        return windows(corpus, split, context, num_windows, self.seed)
+        kind = PackedWindows if self.pack else Windows
+        return kind(corpus, split, context, num_windows, self.seed)
 
     def validation_windows(self, corpus: Corpus, context: int) -> Windows | PackedWindows:
         """Return windows to watch the run by, shorter than the context if the data is short."""
