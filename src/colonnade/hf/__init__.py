@@ -4,16 +4,24 @@ Importing this package registers attn_implementation="colonnade", and the Sparse
 AutoConfig, AutoModel and AutoModelForCausalLM. Nothing below it imports transformers.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 
-from colonnade.hf.attention import register
+from colonnade.hf.attention import attention_function, mask_function
 from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.model import SparseTransformerForCausalLM, SparseTransformerModel
 from colonnade.hf.retrofit import load, retrofit
+from colonnade.hf.settings import NAME
 from colonnade.hf.tokenizer import byte_tokenizer
 
-register()
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)
 AutoConfig.register("sparse_transformer", SparseTransformerConfig, exist_ok=True)
 AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=True)
 AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)

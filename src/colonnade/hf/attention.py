@@ -1,8 +1,8 @@
 """The attention function and the mask function that transformers knows as "colonnade".
 
 transformers passes a mask only to implementations that register a mask function under the same
-name; without one a padded batch would arrive as None and be silently computed wrongly. Ours returns
-a marker instead of a tensor, so that the attention function can tell that it was asked.
+name; without one a padded batch would arrive as None and silently be computed wrongly. Ours
+returns a descriptor instead of a tensor, which tells the attention function that it was asked.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn import functional as F
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
 from colonnade.backends.call import Seen
 from colonnade.backends.choice import run
+from colonnade.cache import KVCache
 from colonnade.hf.cache import CacheOffset, FixedCache
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.check import make_call
@@ -32,37 +33,26 @@ from colonnade.shapes import Key, Output, Positions, Query, Value
 
 @dataclass(frozen=True, eq=False)
 class PatternMask:
-    """A stand-in for a mask: it says which tokens there are; the layer adds its pattern.
+    """Stand for a mask: say which positions are tokens, and where the keys are.
 
     Attributes:
-        packing: Padded or packed batch rows with as many queries as keys; None if neither.
-        padding: [batch, positions], True at tokens, for fewer queries than keys.
-        cache: The cache that the queries read, if it does not keep every position.
-        filled: Number of positions in the keys, if their length does not say so.
+        packing: Padded or packed batch rows with as many queries as keys; None: neither.
+        padding: [batch, positions], True at tokens, if there are fewer queries than keys.
+        cache: The cache that keeps what the queries read, if it does not keep everything.
+        filled: Number of positions that the keys hold, if their length does not say so.
     """
 
     packing: Packing | None = None
     padding: Bool[Tensor, "batch positions"] | None = None
     cache: FixedCache | None = None
     filled: int | Tensor | None = None
-    # `generate` makes the mask of a static cache ahead and hands it in as an attention mask: what
-    # is not 4-D is taken for the user's, and reshaped.
+    # `generate` makes the mask of a static cache ahead and passes it as an attention mask; one that
+    # is not 4-D would be taken for the user's, and reshaped.
     ndim = 4
 
     def contiguous(self) -> PatternMask:
-        """Return itself, as a tensor would."""
+        """Return itself; transformers asks it of a tensor."""
         return self
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether batch rows hold several documents; padded ones hold one each."""
-        return self.packing is not None and self.packing.index is None
-
-
-def register() -> None:
-    """Register attn_implementation="colonnade" with transformers."""
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, mask_function)
 
 
 def mask_function(
@@ -75,12 +65,12 @@ def mask_function(
     attention_mask: Tensor | PatternMask | None = None,
     **_: Any,
 ) -> PatternMask:
-    """Return the stand-in for the mask of these sizes; never a [q_length, kv_length] tensor.
+    """Return the descriptor of the mask of these sizes, never a [q_length, kv_length] tensor.
 
     Raises:
-        ValueError: A `FixedCache` and an attention mask that contradicts it.
-        NotImplementedError: A mask other than the causal one and that of packed rows, or a cache
-            that drops positions and is no `FixedCache`.
+        ValueError: The attention mask contradicts a `FixedCache`.
+        NotImplementedError: The mask is neither causal nor that of packed rows, or a cache that is
+            no `FixedCache` drops positions.
     """
     if isinstance(attention_mask, PatternMask):  # Made ahead.
         return attention_mask
@@ -108,7 +98,7 @@ def mask_function(
 
 
 def _packed_documents(mask_function: Callable[..., Any]) -> Positions | None:
-    """Return the document of each token, or None, from the function that transformers makes of it.
+    """Return the number of each token's document, or None if no row is packed.
 
     transformers finds packed rows by position_ids that restart, and says so only in a closure
     around the causal function.
@@ -131,9 +121,12 @@ _PACKED_CODE = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
 
 def _parts(function: Callable[..., Any]) -> Iterator[Any]:
     """Yield the functions that a mask function was put together from."""
-    inner = []
-    for found in getclosurevars(function).nonlocals.values():
-        inner += [f for f in (found if isinstance(found, tuple) else (found,)) if callable(f)]
+    inner = [
+        each
+        for found in getclosurevars(function).nonlocals.values()
+        for each in (found if isinstance(found, tuple) else (found,))
+        if callable(each)
+    ]
     for each in inner:
         yield from _parts(each)
     if not inner:
@@ -156,11 +149,16 @@ def attention_function(
     Raises:
         ValueError: `attention_mask` did not come from our mask function, so padding may be lost; or
             the cache was made for another pattern.
-        NotImplementedError: A window, capped scores, attention sinks, or attention that is not
-            causal.
+        NotImplementedError: The model asks for a window, capped scores, learnt sink logits, or
+            attention that is not causal self-attention.
     """
-    check_mask(attention_mask)
-    assert attention_mask is not None
+    if not isinstance(attention_mask, PatternMask):
+        shape = getattr(attention_mask, "shape", None)
+        found = attention_mask if shape is None else f"a mask of shape {tuple(shape)}"
+        raise ValueError(
+            f"attn_implementation={NAME!r} takes the mask of its own mask function only, got "
+            f"{found}. Pass a 2-D attention_mask to the model, or none."
+        )
     _check_call(module, is_causal, others)
     # Modules of transformers that attend have both.
     patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
@@ -184,26 +182,12 @@ def attention_function(
             packing = attention_mask.packing
             out = attention_in_groups(query, key, value, patterns, packing, **options)
         else:
-            out = _attend_rows(query, key, value, patterns, padding, options)
+            out = _attend_padded(query, key, value, patterns, padding, options)
     return out.transpose(1, 2).contiguous(), None
 
 
-def check_mask(attention_mask: object) -> None:
-    """Refuse a mask that did not come from our mask function, with a ValueError."""
-    if not isinstance(attention_mask, PatternMask):
-        found = (
-            f"a mask of shape {tuple(attention_mask.shape)}"
-            if isinstance(attention_mask, Tensor)
-            else repr(attention_mask)
-        )
-        raise ValueError(
-            f"attn_implementation={NAME!r} takes the mask of its own mask function only, got "
-            f"{found}. Pass a 2-D attention_mask to the model, or none."
-        )
-
-
 def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any]) -> None:
-    """Refuse what would silently be computed wrongly."""
+    """Refuse calls that would be computed wrongly without a word."""
     for name in UNSUPPORTED:
         if others.get(name) is not None:
             raise NotImplementedError(
@@ -219,7 +203,7 @@ def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any
 
 
 UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "sinks")
-"""Arguments of attention functions that change the result, and that we do not have."""
+"""Arguments of other models' attention functions that change the result, and that we lack."""
 
 
 def _attend_filled(
@@ -231,13 +215,11 @@ def _attend_filled(
     padding: Bool[Tensor, "batch positions"] | None,
     options: dict[str, Any],
 ) -> Output:
-    """Attend from the last of `filled` positions to a static cache, without looking inside."""
+    """Attend with the last of `filled` positions of a static cache, without looking at `filled`."""
     batch, length = key.shape[0], key.shape[2]
-    at = torch.arange(length, device=key.device)
-    is_token = (at < filled).expand(batch, -1)
+    is_token = (torch.arange(length, device=key.device) < filled).expand(batch, -1)
     if padding is not None:
-        of_buffer = torch.nn.functional.pad(padding, (0, length - padding.shape[1]))
-        is_token = is_token & of_buffer
+        is_token = is_token & F.pad(padding, (0, length - padding.shape[1]))
     position = is_token.cumsum(1) - 1
     last = filled - query.shape[2] + torch.arange(query.shape[2], device=key.device)
 
@@ -249,7 +231,7 @@ def _attend_filled(
     return in_head_groups(attend, patterns, query, key, value)
 
 
-def _attend_rows(
+def _attend_padded(
     query: Query,
     key: Key,
     value: Value,
@@ -257,14 +239,8 @@ def _attend_rows(
     padding: Bool[Tensor, "batch kv_len"],
     options: dict[str, Any],
 ) -> Output:
-    """Attend from the last queries of padded batch rows, each row's tokens by themselves."""
-    out = query.new_zeros(*query.shape[:3], value.shape[3])
-    for row, is_token in enumerate(padding):
-        queried = is_token[-query.shape[2] :]
-        q, k, v = (
-            query[row, None, :, queried],
-            key[row, None, :, is_token],
-            value[row, None, :, is_token],
-        )
-        out[row, :, queried] = attention_in_groups(q, k, v, patterns, **options)[0]
-    return out
+    """Attend with the last queries of padded rows: as if a cache kept what comes before them."""
+    cache, seen = KVCache(patterns), key.shape[2] - query.shape[2]
+    cache.append(key[:, :, :seen], value[:, :, :seen], padding[:, :seen])
+    entries = cache.append(key[:, :, seen:], value[:, :, seen:], padding[:, seen:])
+    return cache.read(query, entries, None, options["scale"], options["dropout_p"])

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.check import check_probability
 from colonnade.ops.heads import check_patterns
-from colonnade.pattern import FixedPattern, check_count
+from colonnade.pattern import FixedPattern, check_counts
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Child et al. 2019, sections 7.1 to 7.3.
@@ -150,17 +150,17 @@ class SparseTransformerConfig(PreTrainedConfig):
         if self.embedding_std is None:
             self.embedding_std = 0.125 / math.sqrt(self.hidden_size)
         FixedPattern(self.stride, self.summary, self.subblocks)
-        for name in (
-            "vocab_size",
-            "num_hidden_layers",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            check_count(name, getattr(self, name), minimum=1)
+        check_counts(
+            1,
+            vocab_size=self.vocab_size,
+            num_hidden_layers=self.num_hidden_layers,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_position_embeddings,
+        )
         if self.image_shape is not None:
             self._check_image(self.image_shape)
-        for name in ("dropout", "attention_dropout"):
-            check_probability(name, getattr(self, name))
+        check_probability("dropout", self.dropout)
+        check_probability("attention_dropout", self.attention_dropout)
         super().__post_init__(**kwargs)
         for layer in range(self.num_hidden_layers if self.is_heterogeneous else 1):
             check_patterns(patterns_of(self, layer), self.num_key_value_heads)

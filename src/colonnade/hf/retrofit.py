@@ -99,7 +99,7 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
         ValueError: The configuration lacks the settings that `retrofit` writes, or
             `attn_implementation` names another attention.
     """
-    if options.get("attn_implementation", NAME) != NAME:
+    if options.setdefault("attn_implementation", NAME) != NAME:
         raise ValueError(
             f"load takes no attn_implementation but {NAME!r}, got attn_implementation="
             f"{options['attn_implementation']!r}. Use from_pretrained for another attention."
@@ -108,7 +108,6 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
     shared = {name: options[name] for name in names if name in options}
     config = options.get("config") or AutoConfig.from_pretrained(path, **shared)
     patterns_of(config.get_text_config(decoder=True), 0)
-    options["attn_implementation"] = NAME
     return _watched(AutoModelForCausalLM.from_pretrained(path, **options))
 
 
@@ -135,20 +134,17 @@ def _write_settings(
     config: PreTrainedConfig, stride: int, summary: int, subblocks: int, dense: Sequence[int]
 ) -> None:
     others = config.to_dict().get("per_layer_config") or {}
+    settings = {"stride": stride, "summary": summary, "subblocks": subblocks, "pattern": "fixed"}
     config.per_layer_config = None
-    config.colonnade_stride = stride
-    config.colonnade_summary = summary
-    config.colonnade_subblocks = subblocks
-    config.colonnade_pattern = "fixed"
+    config.update({f"{NAME}_{name}": value for name, value in settings.items()})
     overrides: dict[int | str, dict[str, Any]] = {
         int(layer): {name: value for name, value in of_layer.items() if not name.startswith(NAME)}
         for layer, of_layer in others.items()
     }
     for layer in dense:
-        overrides.setdefault(layer, {})["colonnade_pattern"] = "full"
-    overrides = {layer: of_layer for layer, of_layer in overrides.items() if of_layer}
-    if overrides:
-        config.per_layer_config = overrides
+        overrides.setdefault(layer, {})[f"{NAME}_pattern"] = "full"
+    # None, not {}: a configuration without overrides is not heterogeneous.
+    config.per_layer_config = {layer: each for layer, each in overrides.items() if each} or None
 
 
 def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -170,14 +166,12 @@ def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     of_layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     for of_layer in of_layers:
         for setting, meaning in _CHANGES_THE_RESULT.items():
-            value = getattr(of_layer, setting, None)
-            if value:
+            if value := getattr(of_layer, setting, None):
                 raise NotImplementedError(
                     f"a fixed pattern cannot have {meaning}, got {setting}={value!r} for {name}. "
                     f"Set model.config.{setting}=None if the model can do without."
                 )
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-    if other:
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
         raise NotImplementedError(
             f"every layer must have full attention, got layer_types with {other} for {name}."
         )

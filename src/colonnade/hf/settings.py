@@ -1,6 +1,6 @@
-"""The pattern of each layer of a model, from the model's configuration.
+"""The pattern that each layer of a model reads, from the model's configuration.
 
-Any configuration may hold these settings, for all layers or in `per_layer_config`:
+Any configuration may have these settings, for all layers or in `per_layer_config`:
 colonnade_stride, colonnade_summary, colonnade_subblocks, colonnade_pattern and colonnade_scheme.
 """
 
@@ -14,17 +14,17 @@ from colonnade.ops.heads import Patterns
 from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern, StridedPattern
 
 NAME = "colonnade"
-"""Name of the attention implementation."""
+"""The attn_implementation under which transformers finds our functions."""
 SCHEMES = ("merged", "interleaved", "multihead")
 """The three ways to use a factorization (Child et al. 2019, section 5.1)."""
 
 
 def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
-    """Return the patterns that layer `layer_idx` of a model reads, from its configuration.
+    """Return the pattern that layer `layer_idx` of a model reads, or one for each head group.
 
     Raises:
-        ValueError: The configuration lacks `colonnade_stride` or `colonnade_summary`, or what it
-            asks for does not exist.
+        ValueError: The configuration lacks `colonnade_stride` or `colonnade_summary`, or the
+            pattern that it asks for does not exist.
     """
     if getattr(config, "is_heterogeneous", False):
         config = config.per_layer_config[layer_idx]
@@ -39,12 +39,6 @@ def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
     kind = getattr(config, "colonnade_pattern", "fixed")
     scheme = getattr(config, "colonnade_scheme", "merged")
     subblocks = getattr(config, "colonnade_subblocks", 1)
-    return _patterns(kind, scheme, stride, summary, subblocks, layer_idx)
-
-
-def _patterns(
-    kind: str, scheme: str, stride: int, summary: int, subblocks: int, layer_idx: int
-) -> Patterns:
     patterns: dict[str, Callable[[], Pattern]] = {
         "fixed": lambda: FixedPattern(stride, summary, subblocks),
         "strided": lambda: StridedPattern(stride),
