@@ -152,13 +152,8 @@ def attention_function(
         NotImplementedError: The model asks for a window, capped scores, learnt sink logits, or
             attention that is not causal self-attention.
     """
-    if not isinstance(attention_mask, PatternMask):
-        shape = getattr(attention_mask, "shape", None)
-        found = attention_mask if shape is None else f"a mask of shape {tuple(shape)}"
-        raise ValueError(
-            f"attn_implementation={NAME!r} takes the mask of its own mask function only, got "
-            f"{found}. Pass a 2-D attention_mask to the model, or none."
-        )
+    check_mask(attention_mask)
+    assert attention_mask is not None
     _check_call(module, is_causal, others)
     # Modules of transformers that attend have both.
     patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
@@ -184,6 +179,17 @@ def attention_function(
         else:
             out = _attend_padded(query, key, value, patterns, padding, options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def check_mask(attention_mask: object) -> None:
+    """Refuse a mask that did not come from our mask function, with a ValueError."""
+    if not isinstance(attention_mask, PatternMask):
+        shape = getattr(attention_mask, "shape", None)
+        found = attention_mask if shape is None else f"a mask of shape {tuple(shape)}"
+        raise ValueError(
+            f"attn_implementation={NAME!r} takes the mask of its own mask function only, got "
+            f"{found}. Pass a 2-D attention_mask to the model, or none."
+        )
 
 
 def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from colonnade.hf.attention import PatternMask
+from colonnade.hf.attention import PatternMask, check_mask
 from colonnade.hf.cache import FixedCache, check_cache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.settings import NAME, patterns_of
@@ -213,6 +213,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        check_mask(mask)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, seen)
         self._check_positions(position_ids)
