@@ -306,3 +306,9 @@ def test_local_layers_reach_no_farther_than_their_windows(
     local = LocalPattern(window).mask(seq_len)[0]
     wide = LocalPattern(1 + layers * (window - 1)).mask(seq_len)[0]
     assert torch.equal(_reach(*[local] * layers), wide)
+
+
+@pytest.mark.plain
+def test_a_position_is_checked_before_anything_is_counted_from_it() -> None:
+    with pytest.raises(TypeError, match="i must be an int, got i='3'"):
+        FixedPattern(4, 1).indices("3")  # type: ignore[arg-type]

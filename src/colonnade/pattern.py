@@ -64,13 +64,14 @@ class Pattern(ABC):
             TypeError: A count is not an integer.
             ValueError: i lies outside the sequence, or a bidirectional pattern has no `seq_len`.
         """
+        check_counts(0, i=i, head=head)
         if seq_len is None and not self.causal:
             raise ValueError(
                 f"a bidirectional pattern needs seq_len, got seq_len=None for {self}. "
                 "Pass the length of the sequence."
             )
         seq_len = i + 1 if seq_len is None else seq_len
-        check_counts(0, i=i, head=head, seq_len=seq_len)
+        check_counts(0, seq_len=seq_len)
         if i >= seq_len:
             raise ValueError(f"i must be in [0, seq_len), got i={i} and seq_len={seq_len}.")
         keys = torch.arange(i + 1 if self.causal else seq_len)

@@ -60,7 +60,7 @@ class Call(NamedTuple):
     """Everything that is asked of a backend besides the three tensors."""
 
     pattern: HasMask
-    """Which positions each position reads."""
+    """The positions that each position reads."""
     scale: float
     """Factor on the scores."""
     dropout_p: float = 0.0
@@ -68,7 +68,7 @@ class Call(NamedTuple):
     return_lse: bool = True
     """Whether the caller wants the log-sum-exp."""
     keys: Keys = Whole()
-    """Which keys there are."""
+    """The keys that there are."""
 
 
 def only_heads(tensor: Tensor, kv_heads: Sequence[int], num_kv_heads: int) -> Tensor:

@@ -32,7 +32,7 @@ class RowGroup(NamedTuple):
     seq_len: int
     """Positions before the new ones."""
     begin: int
-    """Where the tail begins."""
+    """The first position of the tail."""
     num_new: int
     """New positions."""
     num_kept: int
