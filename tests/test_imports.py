@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import colonnade
+from colonnade.backends import native
 
 ROOT = Path(colonnade.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -194,12 +196,24 @@ def test_who_counts_blocks_is_named(file: Path) -> None:
 
 
 def test_importing_colonnade_loads_no_heavy_package() -> None:
-    """In a fresh interpreter: neither the extras nor a compiler for GPUs."""
+    """In a fresh interpreter: neither the extras nor a compiler, which takes over a second."""
     code = "import colonnade, json, sys; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
+    modules = set(json.loads(done.stdout))
+    loaded = {name.split(".")[0] for name in modules}
     assert "colonnade" in loaded
     assert not loaded & (OF_HF | {"triton", "matplotlib", "typer", "rich"})
+    assert not modules & {"torch._dynamo", "torch._inductor"}
+
+
+def test_a_function_is_marked_constant_as_the_compiler_does() -> None:
+    """`native` sets the mark itself, because PyTorch's decorator loads all of torch._dynamo."""
+
+    def marked() -> None: ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked)
+    assert vars(marked).items() <= vars(native.reason_unusable).items()
 
 
 def test_all_names_are_there() -> None:

@@ -12,9 +12,10 @@ from tests.peak import CLEAR_REFS, MEASURED, STRIDE, WIDTH, peaks
 FLOAT = torch.float32.itemsize
 N = 16_384
 
-pytestmark = pytest.mark.skipif(
-    not os.access(CLEAR_REFS, os.W_OK), reason=f"needs Linux's {CLEAR_REFS}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.access(CLEAR_REFS, os.W_OK), reason=f"needs Linux's {CLEAR_REFS}"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -227,7 +227,9 @@ def test_a_cache_of_another_backend_than_the_layers_is_refused() -> None:
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("pattern", [MERGED, LocalPattern(4)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [MERGED, pytest.param(LocalPattern(4), marks=pytest.mark.slow)], ids=str
+)
 def test_decoding_in_a_compiled_function(pattern: Any) -> None:
     """The cache breaks the graph, and the results are those without a compiler."""
     tensors = tuple(t.float() for t in draw(16))

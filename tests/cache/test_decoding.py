@@ -60,6 +60,7 @@ def test_token_by_token(pattern: Patterns) -> None:
 
 @each_causal
 @pytest.mark.parametrize("chunks", [[1] * 24, [9, 1, 1, 5, 1, 1, 1, 5], [24]], ids=str)
+@pytest.mark.plain
 def test_rows_of_different_lengths(chunks: list[int], pattern: Patterns) -> None:
     """Padding may lie anywhere; each row is what its tokens alone would be, and 0 elsewhere."""
     tensors = draw(24, batch=4)

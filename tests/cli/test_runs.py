@@ -41,7 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a run of 20 steps to its end."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    colonnade_process("train", "--data", text, "--out", folder, "--steps", 20, *SMALL)
+    succeed("train", "--data", text, "--out", folder, "--steps", 20, *SMALL)
     return folder
 
 

@@ -72,6 +72,7 @@ HOLES = torch.tensor(
 
 
 @each_setting
+@pytest.mark.plain
 def test_padding_anywhere_in_chunks_through_a_cache(changes: dict[str, Any]) -> None:
     """Logits and gradients; one row is all padding, some chunks are for some rows."""
     model = random_model(**changes)
@@ -188,6 +189,7 @@ each_kind = pytest.mark.parametrize("where", KINDS.values(), ids=KINDS.keys())
 @each_kind
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"scheme": "multihead"}, {"pattern": "strided"}], ids=str)
+@pytest.mark.plain
 def test_recomputation_drops_the_same_weights(
     changes: dict[str, Any], reentrant: bool, where: dict[str, Tensor]
 ) -> None:

@@ -37,6 +37,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("subblocks", [1, 2])
+@pytest.mark.plain
 def test_tokens_are_those_of_dense_attention_with_the_mask(family: str, subblocks: int) -> None:
     """The oracle is transformers' own attention, without a cache, under the mask of the sets."""
     model, dense = dense_model(family), dense_model(family, attn_implementation="eager")
@@ -70,7 +71,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @each_model
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if "several" in way else ()) for way in WAYS]
+)
 @pytest.mark.plain
 def test_ways_to_generate(name: str, way: str) -> None:
     """Across the ends of two blocks. Ours takes the small cache by itself, others the full one."""
@@ -194,6 +197,7 @@ def test_a_compiled_model_decodes_through_the_small_cache() -> None:
 
 
 @each_model
+@pytest.mark.plain
 def test_padding_anywhere_in_chunks(name: str) -> None:
     """Logits and gradients, as with a full cache."""
     model = _model(name)

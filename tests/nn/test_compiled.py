@@ -33,17 +33,30 @@ PATTERNS: dict[str, Patterns] = {
     "full": FullPattern(),
     "multihead": FixedPattern(8, 2).factors(),
 }
-each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
+QUICK = ("fixed", "strided")
+"""One for each file that computes whole patterns; the others compile in the slow tests."""
 OF_NATIVE = ("fixed", "summary", "multihead")
 """Those that the C++ takes, in float32 and bfloat16; the others take one way in every type."""
+
+
+def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if name in QUICK else (pytest.mark.slow,)
+
+
+each_pattern = pytest.mark.parametrize(
+    "pattern",
+    [pytest.param(pattern, marks=_marks(name), id=name) for name, pattern in PATTERNS.items()],
+)
 
 
 def each_pattern_and_way(one: torch.dtype, other: torch.dtype) -> pytest.MarkDecorator:
     """Try every pattern in the type of `one`, and in `other` those that go another way there."""
     tried = [(name, one) for name in PATTERNS] + [(name, other) for name in OF_NATIVE]
-    values = [(PATTERNS[name], dtype) for name, dtype in tried]
-    ids = [f"{name}-{dtype}" for name, dtype in tried]
-    return pytest.mark.parametrize(("pattern", "dtype"), values, ids=ids)
+    values = [
+        pytest.param(PATTERNS[name], dtype, marks=_marks(name), id=f"{name}-{dtype}")
+        for name, dtype in tried
+    ]
+    return pytest.mark.parametrize(("pattern", "dtype"), values)
 
 
 LENGTHS = (*range(1, 34), *range(40, 101, 5))
@@ -172,10 +185,10 @@ def test_autocast_is_projections_and_attention_in_half_precision(
 @pytest.mark.parametrize(
     ("pattern", "autocast"),
     [
-        *((PATTERNS[name], False) for name in ("fixed", "bidirectional", "strided", "full")),
-        *((pattern, True) for pattern in PATTERNS.values()),
+        pytest.param(PATTERNS[name], autocast, marks=_marks(name), id=f"{name}-{autocast}")
+        for autocast in (False, True)
+        for name in (PATTERNS if autocast else ("fixed", "bidirectional", "strided", "full"))
     ],
-    ids=str,
 )
 def test_recomputation_inside_and_outside_of_the_compiler(
     pattern: Patterns, autocast: bool

@@ -52,6 +52,7 @@ def _results(
 @each_batch
 @each_pattern
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.plain
 def test_recomputation_drops_the_same_weights(
     reentrant: bool, pattern: Patterns, rows: int, where: dict[str, Tensor]
 ) -> None:

@@ -142,7 +142,8 @@ def _packed(tmp_path: Path, num_windows: int = 400) -> PackedWindows:
 def test_packed_windows_hold_documents_whose_positions_restart(tmp_path: Path) -> None:
     """A run of equal bytes is one file, and is counted from its start or from the window's."""
     seen = set()
-    for window in (_packed(tmp_path)[i] for i in range(400)):
+    packed = _packed(tmp_path)
+    for window in (packed[i] for i in range(400)):
         ids, positions = window["input_ids"].tolist(), window["position_ids"].tolist()
         assert len(ids) == 40
         begins = [t for t in range(40) if t == 0 or ids[t] != ids[t - 1]]
@@ -156,7 +157,8 @@ def test_packed_windows_hold_documents_whose_positions_restart(tmp_path: Path) -
 
 
 def test_no_documents_first_byte_is_a_label(tmp_path: Path) -> None:
-    for window in (_packed(tmp_path)[i] for i in range(50)):
+    packed = _packed(tmp_path)
+    for window in (packed[i] for i in range(50)):
         first = window["position_ids"] == 0
         assert (window["labels"][first] == IGNORED_LABEL).all()
         assert torch.equal(window["labels"][~first], window["input_ids"][~first])

@@ -30,6 +30,7 @@ def test_windows(
 
 
 @pytest.mark.parametrize("prompt", [b"x", b"0123456789abcdefghijklm", bytes(range(40))])
+@pytest.mark.plain
 def test_every_byte_is_the_likeliest_after_its_window(prompt: bytes) -> None:
     model = random_model()
     written: list[bytes] = []

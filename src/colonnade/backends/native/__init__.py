@@ -17,13 +17,11 @@ The C++ is compiled for the machine at the first use, see `build`. Arm is untest
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, Seen
-from colonnade.backends.native import build
+from colonnade.backends.native import build as library
 from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, fake_forward, register
 from colonnade.backends.tracing.planning import make_plan
 from colonnade.pattern import FixedPattern
@@ -32,10 +30,13 @@ from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-reason_unusable: Callable[..., str | None] = torch.compiler.assume_constant_result(
-    build.reason_unusable
-)
-"""Return why nothing runs here, as a clause; None: it runs. See `build.reason_unusable`."""
+def reason_unusable(build: bool = True) -> str | None:
+    """Return why nothing runs here, as a clause; None: it runs. See `build.reason_unusable`."""
+    return library.reason_unusable(build)
+
+
+# What torch.compiler.assume_constant_result does, which loads all of torch._dynamo.
+reason_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | None:
@@ -107,7 +108,7 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
     Raises:
         NotImplementedError: This backend does not run here.
     """
-    if reason := build.reason_unusable():
+    if reason := library.reason_unusable():
         raise NotImplementedError(f"The ceiling is measured by backend 'native', which {reason}.")
     forward, backward = torch.ops.colonnade.native_ceiling(like, qk_dim, v_dim, seconds)
     return forward, backward
