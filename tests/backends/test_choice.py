@@ -19,8 +19,9 @@ from colonnade import (
     backends,
     explain,
 )
+from colonnade.backends.call import Whole
+from colonnade.backends.planning import PlanOptions
 from colonnade.pattern import Part
-from colonnade.plan.table import fixed_plan
 from tests import oracle
 from tests.cases import (
     EXAMPLES,
@@ -141,8 +142,7 @@ def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> No
     pattern = FixedPattern(4, 1, part=part, causal=causal)
     case = Case(pattern, q_len=11)
     inputs = case.inputs(torch.float32)
-    plan = fixed_plan(pattern, case.q_len, case.kv_len, range(case.kv_heads))
-    last = (plan.gather, plan.table, plan.shift, plan.own_from_slots, 0.7, 0.0, None)
+    last = (*PlanOptions.of(pattern, Whole()), 0.7, 0.0, None)
     _check_operation(torch.ops.colonnade.eager_forward, inputs, last)
 
 

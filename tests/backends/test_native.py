@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import colonnade
 from colonnade import FixedPattern, attention
 from colonnade.backends.call import Whole
-from colonnade.backends.tracing.planning import make_plan
+from colonnade.backends.planning import PlanOptions
 from tests.cases import (
     PARTS,
     Case,
@@ -255,8 +255,7 @@ def test_the_operations_keep_the_compilers_rules(part: Any) -> None:
     case = Case(FixedPattern(4, 1, part=part), q_len=11)
     inputs = case.inputs(torch.float32)
     assert isinstance(case.pattern, FixedPattern)
-    plan = make_plan(case.pattern, case.q_len, case.kv_len, Whole(), range(case.kv_heads))
-    last = (plan.gather, plan.table, plan.shift, plan.own_from_slots, 0.7)
+    last = (*PlanOptions.of(case.pattern, Whole()), 0.7)
     forward, backward = torch.ops.colonnade.native_forward, torch.ops.colonnade.native_backward
     torch.library.opcheck(forward.default, (*inputs.leaves(), *last))
     results = forward(*inputs[:3], *last)

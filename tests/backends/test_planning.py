@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from colonnade import FixedPattern, backends
-from colonnade.backends.tracing import planning
+from colonnade.backends import planning
 from tests.cases import Case, attend, attend_by_loops, output
 from tests.rounding import check
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from colonnade.backends import eager, native, reference
 from colonnade.backends.call import Call
@@ -56,7 +58,7 @@ def choose(query: Query, key: Key, value: Value, call: Call, backend: str) -> st
     check_backend(backend)
     if backend == "auto":
         return _first_that_takes(query, key, value, call)
-    declined = BACKENDS[backend].reason_declined(query, key, value, call)
+    declined = _reason_declined(backend, query, key, value, call)
     if declined is not None:
         other = _first_that_takes(query, key, value, call)
         raise NotImplementedError(f"backend {backend!r} {declined}. Use backend={other!r}.")
@@ -64,10 +66,20 @@ def choose(query: Query, key: Key, value: Value, call: Call, backend: str) -> st
 
 
 def _first_that_takes(query: Query, key: Key, value: Value, call: Call) -> str:
-    for name, backend in BACKENDS.items():
-        if backend.reason_declined(query, key, value, call) is None:
+    for name in BACKENDS:
+        if _reason_declined(name, query, key, value, call) is None:
             return name
     raise AssertionError("the reference takes everything")
+
+
+def _reason_declined(name: str, query: Query, key: Key, value: Value, call: Call) -> str | None:
+    """Return why a backend does not take a call, or None if it does."""
+    if name != "reference":  # It is plain PyTorch, which every mode knows.
+        if any(unpack_dual(t).tangent is not None for t in (query, key, value)):
+            return "has no derivatives in forward mode, and one was asked for"
+        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return "runs in torch.func's transformations, but not where they are compiled"
+    return BACKENDS[name].reason_declined(query, key, value, call)
 
 
 def check_backend(backend: str) -> None:
@@ -111,9 +123,9 @@ def explain_call(
     """Name the backend that runs a call, and say why each other one does not."""
     chosen = choose(query, key, value, call, backend)
     others = {}
-    for name, each in BACKENDS.items():
+    for name in BACKENDS:
         if name != chosen:
-            why = each.reason_declined(query, key, value, call)
+            why = _reason_declined(name, query, key, value, call)
             asked = f"{chosen} comes first" if backend == "auto" else f"{chosen} was asked for"
             others[name] = f"it {why}" if why else f"{asked} and takes these inputs"
     return Explanation(chosen, others)

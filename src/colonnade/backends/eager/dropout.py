@@ -1,4 +1,4 @@
-"""Dropout on the weights, drawn again in the backward from one seed for each call."""
+"""Dropout on the weights, drawn again in the backward from the seeds of a call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 
-def draw_seed(dropout_p: float) -> Tensor | None:
-    """A seed from PyTorch's default generator, on the CPU; None where nothing is dropped.
+def draw_seeds(dropout_p: float, number: int = 1) -> Tensor | None:
+    """Draw seeds from PyTorch's default generator, on the CPU; None where nothing is dropped.
 
     Activation checkpointing puts that generator back before it recomputes.
     """
-    return torch.randint(2**62, (), device="cpu") if dropout_p > 0 else None
+    return torch.randint(2**62, (number,), device="cpu") if dropout_p > 0 else None
 
 
 class Dropout:

@@ -7,18 +7,18 @@ computed together as a tile, and the backward computes the scores again.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, in_order, only_heads
-from colonnade.backends.eager.dropout import Dropout, draw_seed
+from colonnade.backends.eager.dropout import Dropout, draw_seeds
+from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
 from colonnade.backends.tracing.memo import remembered
-from colonnade.backends.tracing.operation import LSE, register
-from colonnade.backends.tracing.planning import make_plan
+from colonnade.backends.tracing.operation import LSE, define
 from colonnade.pattern import FixedPattern
-from colonnade.plan.table import Row, heads_by_plan, table_rows
+from colonnade.plan.table import Plan, Row, heads_by_plan, table_rows
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 STACKED_SCORES = 2**19
@@ -29,27 +29,10 @@ def attend(
     query: Query, key: Key, value: Value, pattern: FixedPattern, call: Call
 ) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over what a fixed pattern reads, and the log of its denominator."""
-    num_kv_heads = key.shape[1]
-    heads = heads_by_plan(pattern, num_kv_heads)
-    outs, lses = [], []
-    for group in heads:
-        plan = make_plan(pattern, query.shape[2], key.shape[2], call.keys, group)
-        q, k, v = (only_heads(t, group, num_kv_heads) for t in (query, key, value))
-        out, lse = _forward(
-            q,
-            k,
-            v,
-            plan.gather.to(key.device),
-            plan.table,
-            plan.shift,
-            plan.own_from_slots,
-            call.scale,
-            call.dropout_p,
-            draw_seed(call.dropout_p),
-        )
-        outs.append(out)
-        lses.append(lse)
-    return in_order(outs, heads), in_order(lses, heads)
+    groups = len(heads_by_plan(pattern, key.shape[1]))
+    seeds = draw_seeds(call.dropout_p, groups)
+    options = PlanOptions.of(pattern, call.keys)
+    return _attend(query, key, value, *options, call.scale, call.dropout_p, seeds)
 
 
 class _Tile(NamedTuple):
@@ -127,22 +110,15 @@ def _positions(begins: list[int], length: int) -> Tensor:
 class _Operands:
     """The operands of one tile after another, in the type that is computed in."""
 
-    def __init__(
-        self,
-        key: Tensor,
-        value: Tensor,
-        gather: Tensor,
-        shift: Tensor,
-        own_from_slots: bool,
-    ) -> None:
+    def __init__(self, key: Tensor, value: Tensor, plan: Plan) -> None:
         self.hidden_of: dict[tuple[int, int, int], Tensor] = {}
         self.compute = torch.promote_types(key.dtype, torch.float32)
-        index = gather[None, :, :, None]
-        self.slot_key = key.take_along_dim(index, 2).to(self.compute)
-        self.slot_value = value.take_along_dim(index, 2).to(self.compute)
-        self.own_key = self.slot_key if own_from_slots else key
-        self.own_value = self.slot_value if own_from_slots else value
-        self.shift = shift.to(key.device)[:, None, None]
+        self.index = plan.gather.to(key.device)[None, :, :, None]
+        self.slot_key = key.take_along_dim(self.index, 2).to(self.compute)
+        self.slot_value = value.take_along_dim(self.index, 2).to(self.compute)
+        self.own_key = self.slot_key if plan.own_from_slots else key
+        self.own_value = self.slot_value if plan.own_from_slots else value
+        self.shift = plan.shift.to(key.device)[:, None, None]
 
     def queries(self, tensor: Tensor, tile: _Tile) -> Tensor:
         """Rows of [B, Hq, Tq, D] as [B, Hkv, m, G·r, D]: the query heads of a key head stacked."""
@@ -181,52 +157,56 @@ class _Operands:
         return self.hidden_of[shape]
 
 
-# The schemas are spelled out: read off annotations they would depend on who wraps the functions.
-_PLAN = (
-    "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale, "
-    "float dropout_p, Tensor? seed"
-)
-_FORWARD = f"(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)"
-_BACKWARD = (
-    "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor lse, "
-    f"{_PLAN}) -> (Tensor, Tensor, Tensor)"
-)
+class _Group(NamedTuple):
+    """Key heads that share a plan, with everything that is asked of them."""
+
+    heads: range
+    plan: Plan
+    scale: float
+    dropout: Dropout
 
 
-@torch.library.custom_op("colonnade::eager_forward", mutates_args=(), schema=_FORWARD)
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gather: Tensor,
-    table: Tensor,
-    shift: Tensor,
-    own_from_slots: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    operands = _Operands(key, value, gather, shift, own_from_slots)
-    dropout = Dropout(dropout_p, seed, query.device)
+def _groups(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> list[_Group]:
+    *sets, scale, dropout_p, seeds = options
+    given = PlanOptions(*sets)
+    groups = []
+    for index, heads in enumerate(heads_by_plan(given.pattern, key.shape[1])):
+        plan = make_plan(given, query.shape[2], key.shape[2], heads)
+        dropout = Dropout(dropout_p, None if seeds is None else seeds[index], query.device)
+        groups.append(_Group(heads, plan, scale, dropout))
+    return groups
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    groups = _groups(query, key, options)
+    results = [
+        _forward_of(group, *(only_heads(t, group.heads, key.shape[1]) for t in (query, key, value)))
+        for group in groups
+    ]
+    heads = [group.heads for group in groups]
+    out, lse = (in_order(parts, heads) for parts in zip(*results, strict=True))
+    return out, lse
+
+
+def _forward_of(group: _Group, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    operands = _Operands(key, value, group.plan)
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     lse = query.new_full(query.shape[:3], -math.inf, dtype=operands.compute)
-    for tile in _tiles(table, query.shape[:2].numel(), STACKED_SCORES):
-        scores = operands.scores(
-            operands.queries(query, tile).mul(scale), operands.keys(tile), tile
-        )
+    for tile in _tiles(group.plan.table, query.shape[:2].numel(), STACKED_SCORES):
+        q = operands.queries(query, tile).mul(group.scale)
+        scores = operands.scores(q, operands.keys(tile), tile)
         peak = scores.amax(-1, keepdim=True)
         # A row that reads nothing: weights 0, denominator 0, output 0, lse -inf.
         peak.masked_fill_(peak == -math.inf, 0.0)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
-        weights *= dropout.factors(weights)
+        weights *= group.dropout.factors(weights)
         result = (weights @ operands.values(tile)).div_(total.masked_fill(total == 0, 1.0))
         _put(out, tile.q_begin, result)
         _put(lse[..., None], tile.q_begin, peak + total.log())
     return out, lse
 
 
-@torch.library.custom_op("colonnade::eager_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -234,30 +214,44 @@ def _backward(
     key: Tensor,
     value: Tensor,
     lse: Tensor,
-    gather: Tensor,
-    table: Tensor,
-    shift: Tensor,
-    own_from_slots: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    operands = _Operands(key, value, gather, shift, own_from_slots)
-    dropout = Dropout(dropout_p, seed, query.device)
+    groups = _groups(query, key, options)
+    tensors = grad_out, grad_lse, query, key, value, lse
+    results = [
+        _backward_of(group, *(only_heads(t, group.heads, key.shape[1]) for t in tensors))
+        for group in groups
+    ]
+    heads = [group.heads for group in groups]
+    d_query, d_key, d_value = (in_order(parts, heads) for parts in zip(*results, strict=True))
+    return d_query, d_key, d_value
+
+
+def _backward_of(
+    group: _Group,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = _Operands(key, value, group.plan)
     grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_key, grad_value = (x.new_zeros(x.shape, dtype=operands.compute) for x in (key, value))
     grad_slot_key = torch.zeros_like(operands.slot_key)
     grad_slot_value = torch.zeros_like(operands.slot_value)
+    own_from_slots = group.plan.own_from_slots
     grad_own_key = grad_slot_key if own_from_slots else grad_key
     grad_own_value = grad_slot_value if own_from_slots else grad_value
-    for tile in _tiles(table, query.shape[:2].numel(), STACKED_SCORES):
-        q = operands.queries(query, tile).mul(scale)
+    for tile in _tiles(group.plan.table, query.shape[:2].numel(), STACKED_SCORES):
+        q = operands.queries(query, tile).mul(group.scale)
         k, v = operands.keys(tile), operands.values(tile)
         lse_of_tile = operands.queries(lse[..., None], tile)
         lse_of_tile = lse_of_tile.masked_fill(lse_of_tile == -math.inf, 0.0)
         weights = operands.scores(q, k, tile).sub_(lse_of_tile).exp_()
         d_out = operands.queries(grad_out, tile)
-        kept = dropout.factors(weights)
+        kept = group.dropout.factors(weights)
         d_value = (weights * kept).mT @ d_out
         d_weights = (d_out @ v.mT) * kept
         # delta = sum_j P_ij dP_ij: the whole row is at hand, so the rounded output is not needed.
@@ -265,17 +259,23 @@ def _backward(
         delta -= operands.queries(grad_lse[..., None], tile)
         d_scores = d_weights.sub_(delta).mul_(weights)
         d_key = d_scores.mT @ q
-        _put(grad_query, tile.q_begin, (d_scores @ k).mul_(scale))
+        _put(grad_query, tile.q_begin, (d_scores @ k).mul_(group.scale))
         for grad_slots, grad_own, d in (
             (grad_slot_key, grad_own_key, d_key),
             (grad_slot_value, grad_own_value, d_value),
         ):
             _add(grad_slots, tile.slot_begin, d[..., : tile.slots, :])
             _add(grad_own, tile.own_begin, d[..., tile.slots :, :])
-    index = gather[None, :, :, None]
+    index = operands.index
     grad_key.scatter_add_(2, index.expand_as(grad_slot_key), grad_slot_key)
     grad_value.scatter_add_(2, index.expand_as(grad_slot_value), grad_slot_value)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-register("colonnade::eager", _backward, LSE)
+_attend = define(
+    "colonnade::eager",
+    f"{PLAN_SCHEMA}, float scale, float dropout_p, Tensor? seeds",
+    _forward,
+    _backward,
+    LSE,
+)

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Packed
 from colonnade.backends.documents import by_documents
-from colonnade.backends.eager.dropout import Dropout, draw_seed
-from colonnade.backends.tracing.operation import LSE, register
+from colonnade.backends.eager.dropout import Dropout, draw_seeds
+from colonnade.backends.tracing.operation import LSE, define
 from colonnade.pattern import LocalPattern, Part, StridedPattern
 from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -46,7 +46,7 @@ def attend(
         width, reads = pattern.stride, pattern.part
     else:
         width, reads = pattern.window, "window"
-    out, lse = _forward(
+    return _attend(
         query,
         key,
         value,
@@ -54,10 +54,9 @@ def attend(
         reads,
         call.scale,
         call.dropout_p,
-        draw_seed(call.dropout_p),
+        draw_seeds(call.dropout_p),
         call.keys.cu_seqlens if isinstance(call.keys, Packed) else None,
     )
-    return out, lse
 
 
 class _Window:
@@ -206,16 +205,6 @@ class _Laid:
         return list(zip(self.regions, parts, strict=True))
 
 
-# The schemas are spelled out: read off annotations they would depend on who wraps the functions.
-_OPTIONS = "int width, str reads, float scale, float dropout_p, Tensor? seed, Tensor? cu_seqlens"
-_FORWARD = f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)"
-_BACKWARD = (
-    "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor lse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.custom_op("colonnade::windowed_forward", mutates_args=(), schema=_FORWARD)
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -245,7 +234,6 @@ def _forward(
     return out, lse
 
 
-@torch.library.custom_op("colonnade::windowed_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -292,4 +280,10 @@ def _backward(
     return d_query, d_key, d_value
 
 
-register("colonnade::windowed", _backward, LSE)
+_attend = define(
+    "colonnade::windowed",
+    "int width, str reads, float scale, float dropout_p, Tensor? seed, Tensor? cu_seqlens",
+    _forward,
+    _backward,
+    LSE,
+)

@@ -1,6 +1,6 @@
 """Backend "native": the plan on CPUs, in C++ over ATen's matrix products. float32 and bfloat16.
 
-`attend` makes the plan and calls one operation, forward or backward; csrc/ has what they do:
+An operation makes the plan and calls a kernel, forward or backward; csrc/ has what they do:
 
     problem.h     the plan's table, and how the work is cut and shared out
     operands.h    copies in the layout and type that the products want
@@ -10,20 +10,22 @@
     slot_grads.h  shares of the backward, and the gradients of slots that they add up
     decode.h      one query over what a cache keeps, without copies
     ceiling.h     the products and exponentials alone, for benchmarks
-    library.cpp   the operations
+    library.cpp   the kernels as operations of PyTorch
 
 The C++ is compiled for the machine at the first use, see `build`. Arm is untested.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.native import build as library
-from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, fake_forward, register
-from colonnade.backends.tracing.planning import make_plan
+from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
+from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define, fake_forward
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -70,22 +72,45 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
             query, key, value, None if mask is None else mask[:, :, 0], call.scale
         )
         return out, lse
-    pattern = call.pattern
-    assert isinstance(pattern, FixedPattern)
-    plan = make_plan(pattern, query.shape[2], key.shape[2], call.keys, range(key.shape[1]))
-    out, lse = torch.ops.colonnade.native_forward(
-        query, key, value, plan.gather, plan.table, plan.shift, plan.own_from_slots, call.scale
-    )
+    assert isinstance(call.pattern, FixedPattern)
+    return _attend(query, key, value, *PlanOptions.of(call.pattern, call.keys), call.scale)
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.colonnade.native_planned(query, key, value, *_plan(query, key, options))
     return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.colonnade.native_planned_backward(
+        grad_out, grad_lse, query, key, value, out, lse, *_plan(query, key, options)
+    )
+    return grads
+
+
+def _plan(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the options of the kernels: _PLAN."""
+    *sets, scale = options
+    plan = make_plan(PlanOptions(*sets), query.shape[2], key.shape[2], range(key.shape[1]))
+    return plan.gather, plan.table, plan.shift, plan.own_from_slots, scale
 
 
 _PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
 torch.library.define(
-    "colonnade::native_forward",
+    "colonnade::native_planned",
     f"(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
 )
 torch.library.define(
-    "colonnade::native_backward",
+    "colonnade::native_planned_backward",
     "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor lse, {_PLAN}) -> (Tensor, Tensor, Tensor)",
 )
@@ -115,4 +140,6 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
 
 
 torch.library.register_fake("colonnade::native_decode", fake_forward)
-register("colonnade::native", torch.ops.colonnade.native_backward, OUTPUT_AND_LSE)
+_attend = define(
+    "colonnade::native", f"{PLAN_SCHEMA}, float scale", _forward, _backward, OUTPUT_AND_LSE
+)

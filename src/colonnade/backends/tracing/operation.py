@@ -1,58 +1,169 @@
-"""Fake kernels and gradients of an operation, stated once for all backends.
+"""An operation and its gradients, stated once for all backends.
 
-An operation forward takes query, key, value and whatever else it needs, and gives output and
-log-sum-exp. The one backward takes the gradients of both, query, key and value, those results that
-it asked to be saved, and the rest; it gives the gradients of query, key and value.
+An operation takes query, key, value and its options, and gives output and log-sum-exp. Its backward
+takes the gradients of both, then query, key and value, those results that it asked to be saved, and
+the options; it gives the gradients of query, key and value. It has no derivatives of second order,
+and says so when one is asked for.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from colonnade.backends.tracing.autocast import without_autocast
+from colonnade.backends.tracing.memo import is_tracing
 
 LSE = slice(1, 2)
 OUTPUT_AND_LSE = slice(0, 2)
+INPUTS = ("Tensor query", "Tensor key", "Tensor value")
+GRADS = ("Tensor grad_out", "Tensor grad_lse")
+RESULTS = ("Tensor out", "Tensor lse")
 
 
-def register(name: str, backward: Callable[..., Any], saved: slice) -> None:
-    """Give the operation `name`_forward fake kernels and gradients, by `backward`.
+def define(
+    name: str,
+    options: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    saved: slice,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Make an operation out of two functions, and return what calls it.
+
+    Where something compiles, traces or fakes tensors, `name`_forward of PyTorch's dispatcher is
+    called, whose inside none of them sees. Elsewhere an autograd function calls the two functions
+    as they are, which is faster. Only it can be transformed by torch.func.
 
     Args:
         name: Of the operation, with its namespace.
-        backward: The operation `name`_backward.
-        saved: The results that it needs: LSE or OUTPUT_AND_LSE.
+        options: What comes after query, key and value, as a schema says it.
+        forward: Computes the results.
+        backward: Computes the gradients.
+        saved: The results that `backward` needs: LSE or OUTPUT_AND_LSE.
     """
+    count = saved.stop - saved.start
 
     def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        is_tensor = [isinstance(each, Tensor) for each in inputs]
-        tensors = [each for each in inputs if isinstance(each, Tensor)]
+        tensors = [each if isinstance(each, Tensor) else None for each in inputs]
         ctx.save_for_backward(*output[saved], *tensors)
         ctx.others = [
-            None if given else each for each, given in zip(inputs, is_tensor, strict=True)
+            each if tensor is None else None for each, tensor in zip(inputs, tensors, strict=True)
         ]
-        ctx.is_tensor = is_tensor
 
     def gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        count = saved.stop - saved.start
         kept = ctx.saved_tensors  # Unpacked once: under checkpointing a second time is an error.
-        results, tensors = kept[:count], iter(kept[count:])
         inputs = [
-            next(tensors) if given else other
-            for other, given in zip(ctx.others, ctx.is_tensor, strict=True)
+            other if tensor is None else tensor
+            for other, tensor in zip(ctx.others, kept[count:], strict=True)
         ]
         # The caller's autocast would run float32 products in half precision.
         with without_autocast(grad_out.device.type):
-            grads = backward(grad_out, grad_lse, *inputs[:3], *results, *inputs[3:])
+            grads = differentiate(grad_out, grad_lse, *inputs[:3], *kept[:count], *inputs[3:])
         return (*grads, *[None] * (len(inputs) - 3))
 
-    torch.library.register_fake(f"{name}_forward", fake_forward)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    torch.library.register_autograd(f"{name}_forward", gradients, setup_context=set_up)
+    differentiate = _in_every_mode(
+        f"{name}_backward",
+        f"({', '.join((*GRADS, *INPUTS, *RESULTS[saved], options))}) -> (Tensor, Tensor, Tensor)",
+        backward,
+        _fake_backward,
+        _save_nothing,
+        _refuse,
+    )
+    return _in_every_mode(
+        f"{name}_forward",
+        f"({', '.join((*INPUTS, options))}) -> (Tensor, Tensor)",
+        forward,
+        fake_forward,
+        set_up,
+        gradients,
+    )
+
+
+def _in_every_mode(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    set_up: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> Callable[..., Any]:
+    # The schema is spelled out: read off annotations it would depend on who wraps the function.
+    torch.library.define(name, schema)
+    torch.library.impl(name, "CompositeExplicitAutograd")(run)
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, gradients, setup_context=set_up)
+    operation = getattr(torch.ops.colonnade, name.removeprefix("colonnade::"))
+    function = _function(run, set_up, gradients)
+
+    def call(*inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return function(*inputs)
+        if is_tracing():
+            return operation(*inputs)
+        return (function if torch.is_grad_enabled() else run)(*inputs)
+
+    return call
+
+
+def _function(
+    run: Callable[..., Any], set_up: Callable[..., None], gradients: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return an autograd function whose leading tensors are all [batch, …]."""
+
+    def apply(*inputs: Any) -> Any:
+        return Function.apply(*inputs)  # type: ignore[no-untyped-call]  # PyTorch's.
+
+    class Function(torch.autograd.Function):
+        setup_context = staticmethod(set_up)
+        backward = staticmethod(gradients)
+        jvp = staticmethod(_refuse)
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return run(*inputs)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+            size = info.batch_size
+            first_option = next(i for i, x in enumerate(inputs) if not isinstance(x, Tensor))
+            tensors, options = inputs[:first_option], inputs[first_option:]
+            if any(isinstance(option, Tensor) for option in options):
+                each = [
+                    apply(
+                        *(
+                            x if dim is None else x.select(dim, index)
+                            for x, dim in zip(inputs, in_dims, strict=True)
+                        )
+                    )
+                    for index in range(size)
+                ]
+                return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), 0
+            together = [
+                (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+                for x, dim in zip(tensors, in_dims, strict=False)
+            ]
+            found = apply(*together, *options)
+            return tuple(x.unflatten(0, (size, -1)) for x in found), 0
+
+    # Else PyTorch works it out in every call, which takes as long as everything else around one.
+    signature = inspect.signature(Function.forward)
+    Function.forward.__signature__ = signature  # type: ignore[attr-defined]
+    return apply
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The gradients need nothing: there are none."""
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "the backends 'native' and 'eager' have first derivatives in reverse mode, and none of "
+        "higher order or in forward mode. Use backend='reference', which has them all."
+    )
 
 
 def fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& gather, const at::Tensor& table, const at::Tensor& shift, bool own_from_slots,
     double scale) {
   const Inputs inputs = rows_contiguous(query, key, value);
-  const Results results{.out = out, .lse = lse};
+  const Results results{.out = out.contiguous(), .lse = lse.contiguous()};
   const Results grad_results{.out = rows_contiguous(grad_out), .lse = grad_lse.contiguous()};
   const Problem problem(inputs, {gather, table, shift, own_from_slots}, scale);
   // Keys that no row has for its own, and that fill no slot, have a gradient of 0.
@@ -110,8 +110,8 @@ std::tuple<double, double> ceiling(const at::Tensor& like, int64_t qk_dim, int64
 }  // namespace colonnade
 
 TORCH_LIBRARY_IMPL(colonnade, CPU, library) {
-  library.impl("native_forward", &colonnade::forward);
-  library.impl("native_backward", &colonnade::backward);
+  library.impl("native_planned", &colonnade::forward);
+  library.impl("native_planned_backward", &colonnade::backward);
   library.impl("native_decode", &colonnade::decode);
   library.impl("native_ceiling", &colonnade::ceiling);
 }

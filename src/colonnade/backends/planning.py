@@ -1,0 +1,81 @@
+"""The plan of a call, kept for the next one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from colonnade.backends.call import Kept, Keys, Packed
+from colonnade.backends.documents import Documents, documents_of
+from colonnade.pattern import FixedPattern, Part
+from colonnade.plan.table import Plan, fixed_plan, packed_plan
+
+
+class PlanOptions(NamedTuple):
+    """A fixed pattern, and which keys there are: as an operation takes them, flat."""
+
+    stride: int
+    summary: int
+    subblocks: int
+    part: Part
+    causal: bool
+    reduced: int
+    """Number of leading blocks of which the keys hold only the summary columns."""
+    cu_seqlens: Tensor | None
+    """Where documents end, if some are packed together."""
+
+    @classmethod
+    def of(cls, pattern: FixedPattern, keys: Keys) -> PlanOptions:
+        """Take apart a pattern and which keys there are."""
+        reduced = keys.reduced if isinstance(keys, Kept) else 0
+        cu_seqlens = keys.cu_seqlens if isinstance(keys, Packed) else None
+        p = pattern
+        return cls(p.stride, p.summary, p.subblocks, p.part, p.causal, reduced, cu_seqlens)
+
+    @property
+    def pattern(self) -> FixedPattern:
+        """The pattern."""
+        return FixedPattern(self.stride, self.summary, self.subblocks, self.part, self.causal)
+
+
+PLAN_SCHEMA = (
+    "int stride, int summary, int subblocks, str part, bool causal, SymInt reduced, "
+    "Tensor? cu_seqlens"
+)
+"""`PlanOptions` in the schema of an operation."""
+NUM_PLAN_OPTIONS = len(PlanOptions._fields)
+
+
+def make_plan(options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int]) -> Plan:
+    """Return the plan of the last `q_len` of `kv_len` keys, or of documents, for some key heads.
+
+    Raises:
+        ValueError: The contents of cu_seqlens do not fit `kv_len`.
+    """
+    documents = None if options.cu_seqlens is None else documents_of(options.cu_seqlens, kv_len)
+    return _kept(options._replace(cu_seqlens=None), q_len, kv_len, documents, tuple(heads))
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(
+    options: PlanOptions,
+    q_len: int,
+    kv_len: int,
+    documents: Documents | None,
+    heads: tuple[int, ...],
+) -> Plan:
+    """A short sequence's plan takes longer than its attention, and layers share one.
+
+    Whatever the mode or default device of the call that makes it, it serves all others.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        if documents is None:
+            plan = fixed_plan(options.pattern, q_len, kv_len, heads, options.reduced)
+        else:
+            plan = packed_plan(options.pattern, documents.lengths, heads)
+        return replace(plan, gather=plan.gather.contiguous())
