@@ -16,7 +16,7 @@ from colonnade.backends.call import Call, in_order, only_heads
 from colonnade.backends.eager.dropout import Dropout, draw_seeds
 from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
 from colonnade.backends.tracing.memo import remembered
-from colonnade.backends.tracing.operation import LSE, define
+from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import FixedPattern
 from colonnade.plan.table import Plan, Row, heads_by_plan, table_rows
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -272,7 +272,7 @@ def _backward_of(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-_attend = define(
+_attend = define_attention(
     "colonnade::eager",
     f"{PLAN_SCHEMA}, float scale, float dropout_p, Tensor? seeds",
     _forward,

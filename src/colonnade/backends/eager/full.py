@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from colonnade.backends.call import Call, Whole
+from colonnade.backends.tracing.operation import first_order
 from colonnade.pattern import FullPattern
 from colonnade.shapes import Key, Output, Query, Value
 
@@ -69,6 +70,7 @@ def _run(
     causal: bool = False,
     reads: Bool[Tensor, "q_len kv_len"] | None = None,
 ) -> Output:
+    query, key, value = first_order(query, key, value)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return scaled_dot_product_attention(
             query,
@@ -77,7 +79,7 @@ def _run(
             attn_mask=reads,
             is_causal=causal,
             scale=scale,
-            enable_gqa=bool(query.shape[1] != key.shape[1]),  # no symbolic one
+            enable_gqa=True,  # Where heads are equal it does nothing, and no bool is symbolic.
         )
 
 

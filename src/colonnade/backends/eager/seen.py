@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.backends.call import Call
+from colonnade.backends.tracing.operation import first_order
 from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
 
 HALF = (torch.bfloat16, torch.float16)
@@ -63,6 +64,7 @@ def _in_pytorchs_kernel(
     wanted = rows.shape[2]
     if wanted == 1 and rows.dtype in HALF and rows.device.type == "cpu":
         rows = rows.repeat(1, 1, ROWS, 1)
+    rows, key, value = first_order(rows, key, value)
     out: Tensor = F.scaled_dot_product_attention(
         rows, key, value, mask, call.dropout_p, scale=call.scale
     )

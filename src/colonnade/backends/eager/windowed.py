@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from colonnade.backends.call import Call, Packed
 from colonnade.backends.documents import by_documents
 from colonnade.backends.eager.dropout import Dropout, draw_seeds
-from colonnade.backends.tracing.operation import LSE, define
+from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import LocalPattern, Part, StridedPattern
 from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -280,7 +280,7 @@ def _backward(
     return d_query, d_key, d_value
 
 
-_attend = define(
+_attend = define_attention(
     "colonnade::windowed",
     "int width, str reads, float scale, float dropout_p, Tensor? seed, Tensor? cu_seqlens",
     _forward,

@@ -25,7 +25,12 @@ from torch import Tensor
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.native import build as library
 from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
-from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define, fake_forward
+from colonnade.backends.tracing.operation import (
+    OUTPUT_AND_LSE,
+    define,
+    define_attention,
+    fake_forward,
+)
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -68,16 +73,22 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     lse: Tensor
     if isinstance(call.keys, Seen):
         mask = call.keys.mask
-        out, lse = torch.ops.colonnade.native_decode(
-            query, key, value, None if mask is None else mask[:, :, 0], call.scale
-        )
+        out, lse = _decode(query, key, value, None if mask is None else mask[:, :, 0], call.scale)
         return out, lse
     assert isinstance(call.pattern, FixedPattern)
     return _attend(query, key, value, *PlanOptions.of(call.pattern, call.keys), call.scale)
 
 
+def _run_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _load()
+    out, lse = torch.ops.colonnade.native_decode_kernel(*inputs)
+    return out, lse
+
+
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.colonnade.native_planned(query, key, value, *_plan(query, key, options))
+    out, lse = torch.ops.colonnade.native_forward_kernel(
+        query, key, value, *_plan(query, key, options)
+    )
     return out, lse
 
 
@@ -91,7 +102,7 @@ def _backward(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.colonnade.native_planned_backward(
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.colonnade.native_backward_kernel(
         grad_out, grad_lse, query, key, value, out, lse, *_plan(query, key, options)
     )
     return grads
@@ -99,25 +110,37 @@ def _backward(
 
 def _plan(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the options of the kernels: _PLAN."""
+    _load()
     *sets, scale = options
     plan = make_plan(PlanOptions(*sets), query.shape[2], key.shape[2], range(key.shape[1]))
     return plan.gather, plan.table, plan.shift, plan.own_from_slots, scale
 
 
+def _load() -> None:
+    """Load the kernels for a program that was compiled or exported elsewhere, and chooses no more.
+
+    Raises:
+        NotImplementedError: They do not run here.
+    """
+    if reason := library.reason_unusable():
+        raise NotImplementedError(
+            f"this program was made with backend 'native', which {reason}. Make it with "
+            "backend='eager' to run it without."
+        )
+
+
 _PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
 torch.library.define(
-    "colonnade::native_planned",
+    "colonnade::native_forward_kernel",
     f"(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
 )
 torch.library.define(
-    "colonnade::native_planned_backward",
+    "colonnade::native_backward_kernel",
     "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor lse, {_PLAN}) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "colonnade::native_decode",
-    "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> (Tensor, Tensor)",
-)
+_DECODE = "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> (Tensor, Tensor)"
+torch.library.define("colonnade::native_decode_kernel", _DECODE)
 torch.library.define(
     "colonnade::native_ceiling",
     "(Tensor like, int qk_dim, int v_dim, float seconds) -> (float, float)",
@@ -139,7 +162,7 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
     return forward, backward
 
 
-torch.library.register_fake("colonnade::native_decode", fake_forward)
-_attend = define(
+_decode = define("colonnade::native_decode", _DECODE, _run_decode, fake_forward)
+_attend = define_attention(
     "colonnade::native", f"{PLAN_SCHEMA}, float scale", _forward, _backward, OUTPUT_AND_LSE
 )

@@ -25,18 +25,25 @@ GRADS = ("Tensor grad_out", "Tensor grad_lse")
 RESULTS = ("Tensor out", "Tensor lse")
 
 
-def define(
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The gradients need nothing: there are none."""
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "the backends 'native' and 'eager' have first derivatives in reverse mode, and none of "
+        "higher order or in forward mode. Use backend='reference', which has them all."
+    )
+
+
+def define_attention(
     name: str,
     options: str,
     forward: Callable[..., tuple[Tensor, Tensor]],
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     saved: slice,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Make an operation out of two functions, and return what calls it.
-
-    Where something compiles, traces or fakes tensors, `name`_forward of PyTorch's dispatcher is
-    called, whose inside none of them sees. Elsewhere an autograd function calls the two functions
-    as they are, which is faster. Only it can be transformed by torch.func.
+    """Make the operations `name`_forward and `name`_backward, and return what calls the first.
 
     Args:
         name: Of the operation, with its namespace.
@@ -65,15 +72,13 @@ def define(
             grads = differentiate(grad_out, grad_lse, *inputs[:3], *kept[:count], *inputs[3:])
         return (*grads, *[None] * (len(inputs) - 3))
 
-    differentiate = _in_every_mode(
+    differentiate = define(
         f"{name}_backward",
         f"({', '.join((*GRADS, *INPUTS, *RESULTS[saved], options))}) -> (Tensor, Tensor, Tensor)",
         backward,
         _fake_backward,
-        _save_nothing,
-        _refuse,
     )
-    return _in_every_mode(
+    return define(
         f"{name}_forward",
         f"({', '.join((*INPUTS, options))}) -> (Tensor, Tensor)",
         forward,
@@ -83,14 +88,20 @@ def define(
     )
 
 
-def _in_every_mode(
+def define(
     name: str,
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
-    set_up: Callable[..., None],
-    gradients: Callable[..., Any],
+    set_up: Callable[..., None] = _save_nothing,
+    gradients: Callable[..., Any] = _refuse,
 ) -> Callable[..., Any]:
+    """Make an operation out of a function, and return what calls it.
+
+    Where something compiles, traces or fakes tensors, it is the operation of PyTorch's dispatcher,
+    whose inside none of them sees. Elsewhere an autograd function calls the function as it is,
+    which is faster. Only that one can be transformed by torch.func.
+    """
     # The schema is spelled out: read off annotations it would depend on who wraps the function.
     torch.library.define(name, schema)
     torch.library.impl(name, "CompositeExplicitAutograd")(run)
@@ -129,8 +140,9 @@ def _function(
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
             size = info.batch_size
-            first_option = next(i for i, x in enumerate(inputs) if not isinstance(x, Tensor))
-            tensors, options = inputs[:first_option], inputs[first_option:]
+            is_option = [not isinstance(x, Tensor) for x in inputs]
+            num_tensors = [*is_option, True].index(True)
+            tensors, options = inputs[:num_tensors], inputs[num_tensors:]
             if any(isinstance(option, Tensor) for option in options):
                 each = [
                     apply(
@@ -155,15 +167,23 @@ def _function(
     return apply
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """The gradients need nothing: there are none."""
+def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors whose derivatives end after the first order, in words that help.
+
+    For attention in PyTorch's own kernels: they end there too, and speak of their own names only.
+    """
+    if is_tracing() or not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return tensors
+    views: tuple[Tensor, ...] = _first_order(*tensors)
+    return views
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "the backends 'native' and 'eager' have first derivatives in reverse mode, and none of "
-        "higher order or in forward mode. Use backend='reference', which has them all."
-    )
+def _views(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.view_as(t) for t in tensors)
+
+
+_zeroth_order = _function(_views, _save_nothing, _refuse)
+_first_order = _function(_views, _save_nothing, lambda ctx, *grads: _zeroth_order(*grads))
 
 
 def fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
-// The operations colonnade::native_forward, native_backward and native_decode, and native_ceiling
-// for benchmarks. Python states their schemas.
+// The kernels behind the operations of backend "native", and native_ceiling for benchmarks. Python
+// states their schemas.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -110,8 +110,8 @@ std::tuple<double, double> ceiling(const at::Tensor& like, int64_t qk_dim, int64
 }  // namespace colonnade
 
 TORCH_LIBRARY_IMPL(colonnade, CPU, library) {
-  library.impl("native_planned", &colonnade::forward);
-  library.impl("native_planned_backward", &colonnade::backward);
-  library.impl("native_decode", &colonnade::decode);
+  library.impl("native_forward_kernel", &colonnade::forward);
+  library.impl("native_backward_kernel", &colonnade::backward);
+  library.impl("native_decode_kernel", &colonnade::decode);
   library.impl("native_ceiling", &colonnade::ceiling);
 }
