@@ -181,6 +181,13 @@ READ_MISTAKES: dict[str, tuple[type[Exception], str, Any]] = {
     "length": (ValueError, "in heads and length", lambda q, k, v: (q, k, v[:, :, 1:])),
     "type": (TypeError, "must have one dtype", lambda q, k, v: (q.float(), k, v)),
     "integers": (TypeError, "query must be one of", lambda q, k, v: (q.long(), k, v)),
+    "fewer": (ValueError, "that append returned", lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:])),
+    "more": (
+        ValueError,
+        "that append returned",
+        lambda q, k, v: (q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1)),
+    ),
+    "key heads": (ValueError, "that append returned", lambda q, k, v: (q, k[:, :1], v[:, :1])),
     "queries": (ValueError, "those of the 3 positions", lambda q, k, v: (q[:, :, :2], k, v)),
 }
 

@@ -10,7 +10,7 @@ from colonnade.train.folder import last_checkpoint, prepare_folder
 from colonnade.train.settings import SETTINGS_FILE, RunSettings
 
 
-def checkpoint(folder: Path, step: int, state: str | None) -> Path:
+def checkpoint(folder: Path, step: int | str, state: str | None) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     if state is not None:
@@ -23,6 +23,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     whole = checkpoint(tmp_path, 12, "{}")
     checkpoint(tmp_path, 100, None)
     checkpoint(tmp_path, 104, '{"log_history": [')
+    checkpoint(tmp_path, "best", "{}")
     assert last_checkpoint(tmp_path) == whole
 
 

@@ -16,7 +16,10 @@ from colonnade.shapes import CuSeqlens
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The lengths of documents that lie one after the other, on the CPU; equal to itself alone."""
+    """The lengths of documents that lie one after the other, on the CPU; equal to itself alone.
+
+    Empty ones are left out: to a compiler there are as many as there may be at most.
+    """
 
     lengths: Int[Tensor, " documents"]
 
@@ -43,7 +46,7 @@ def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
             "cu_seqlens must end at the number of tokens, got "
             f"cu_seqlens[-1]={ends[-1]} for {total} tokens."
         )
-    return Documents(lengths)
+    return Documents(lengths[lengths > 0])
 
 
 def by_documents(

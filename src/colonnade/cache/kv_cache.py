@@ -268,6 +268,12 @@ class KVCache:
                 f"query must be those of the {layout.q_len} positions that were appended, got "
                 f"query.shape={tuple(query.shape)}."
             )
+        of_append = layout.groups[-1].heads.stop, max(group.width for group in layout.groups)
+        if k.shape[1:3] != of_append:
+            raise ValueError(
+                "keys and values must be those that append returned, [batch, kv_heads, entries] = "
+                f"{(k.shape[0], *of_append)}, got {tuple(k.shape[:3])}."
+            )
         pairs = [KeysAndValues(k, v)]
         if len(layout.groups) > 1:
             pairs = [

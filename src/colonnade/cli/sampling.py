@@ -44,7 +44,7 @@ def sample(
 
         start = _prompt_bytes(prompt, prompt_file)
         check_count("bytes", num_bytes, minimum=1)
-        if temperature < 0 or top_k < 0:
+        if not temperature >= 0 or top_k < 0:  # NaN is not either.
             raise ValueError(
                 "temperature and top_k must be at least 0, "
                 f"got temperature={temperature} and top_k={top_k}."

@@ -193,7 +193,7 @@ def _refuse_other_options(context: typer.Context) -> None:
     ]
     if given:
         raise ValueError(
-            f"--resume goes on with the settings of the run; leave out {', '.join(given)}."
+            f"--resume continues with the settings of the run; leave out {', '.join(given)}."
         )
 
 
@@ -218,7 +218,7 @@ def eval(
     batch_size: Annotated[int, typer.Option(help="Number of windows in a batch.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Measure bits per byte of a trained model, count tables and compressors on the same bytes."""
+    """Measure a trained model in bits per byte, beside count tables and compressors."""
     with one_line_for_mistakes():
         from colonnade.train import evaluate, folder, settings
         from colonnade.train.data import open_corpus

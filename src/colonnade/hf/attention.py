@@ -20,7 +20,7 @@ from transformers.masking_utils import causal_mask_function, packed_sequence_mas
 
 from colonnade.backends.call import Seen
 from colonnade.backends.choice import run
-from colonnade.cache import KVCache
+from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.hf.cache import CacheOffset, FixedCache
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.check import make_call
@@ -63,6 +63,7 @@ def mask_function(
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | PatternMask | None = None,
+    device: torch.device | None = None,
     **_: Any,
 ) -> PatternMask:
     """Return the descriptor of the mask of these sizes, never a [q_length, kv_length] tensor.
@@ -74,7 +75,10 @@ def mask_function(
     """
     if isinstance(attention_mask, PatternMask):  # Made ahead.
         return attention_mask
-    document = _packed_documents(mask_function)
+    if torch.compiler.is_compiling():
+        document = _asked_documents(mask_function, batch_size, q_length, device)
+    else:
+        document = _packed_documents(mask_function)
     if isinstance(kv_offset, CacheOffset):
         kv_offset.cache.announce(q_length, attention_mask)
         return PatternMask(cache=kv_offset.cache)
@@ -90,7 +94,8 @@ def mask_function(
         return PatternMask(padding=attention_mask, filled=q_length)
     if document is not None:
         return PatternMask(Packing.of_documents(document))
-    if attention_mask is None or bool(attention_mask.all()):
+    # A compiler cannot branch on a mask's contents.
+    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return PatternMask()
     if q_length == kv_length:
         return PatternMask(Packing.of_padded(attention_mask))
@@ -114,6 +119,22 @@ def _packed_documents(mask_function: Callable[..., Any]) -> Positions | None:
         return None
     document: Tensor = getclosurevars(packed[0]).nonlocals["packed_sequence_mask"]
     return document if bool((document != document[:, :1]).any()) else None
+
+
+def _asked_documents(
+    mask_function: Callable[..., Any], batch_size: int, length: int, device: torch.device | None
+) -> Positions | None:
+    """Return the same where a compiler cannot look into a closure, by asking the mask function.
+
+    A document begins where a token does not see the one before it.
+    """
+    if mask_function is causal_mask_function:
+        return None
+    position = torch.arange(length, device=device)
+    row = torch.arange(batch_size, device=device)[:, None]
+    before = (position - 1).clamp(min=0)
+    sees: Tensor = mask_function(row, torch.zeros_like(row), position, before)
+    return (~sees).long().cumsum(-1).expand(batch_size, -1)
 
 
 _PACKED_CODE = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
@@ -245,8 +266,15 @@ def _attend_padded(
     padding: Bool[Tensor, "batch kv_len"],
     options: dict[str, Any],
 ) -> Output:
-    """Attend with the last queries of padded rows: as if a cache kept what comes before them."""
-    cache, seen = KVCache(patterns), key.shape[2] - query.shape[2]
-    cache.append(key[:, :, :seen], value[:, :, :seen], padding[:, :seen])
-    entries = cache.append(key[:, :, seen:], value[:, :, seen:], padding[:, seen:])
-    return cache.read(query, entries, None, options["scale"], options["dropout_p"])
+    """Attend with the last queries of padded rows: a token of all rows at once, a chunk by rows."""
+    length = key.shape[2]
+    if query.shape[2] == 1:
+        return _attend_filled(query, key, value, patterns, length, padding, options)
+    query, key, value = cast_as_autocast_would(query, key, value)
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    for row, is_token in enumerate(padding):
+        queried = is_token[length - query.shape[2] :]
+        k, v = (t[row, None, :, is_token] for t in (key, value))
+        q = query[row, None, :, queried]
+        out[row, :, queried] = attention_in_groups(q, k, v, patterns, **options)[0]
+    return out

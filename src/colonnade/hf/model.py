@@ -195,9 +195,12 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}.")
         if inputs_embeds is None:
             inputs_embeds = self.embedding.token(input_ids)
-        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
-            attention_mask = None  # transformers looks for packed rows only if there is no mask.
-        packed = attention_mask is None and _restart(position_ids)
+        # A compiler cannot branch on contents.
+        compiling = torch.compiler.is_compiling()
+        if attention_mask is not None and attention_mask.ndim == 2 and not compiling:
+            # transformers looks for packed rows only if there is no mask.
+            attention_mask = None if attention_mask.all() else attention_mask
+        packed = attention_mask is None and not compiling and _restart(position_ids)
         if packed and past_key_values is not None:
             raise ValueError(
                 "packed rows (position_ids that restart) cannot be continued, so they take no "

@@ -1,14 +1,15 @@
-"""Padded and packed batches: the real tokens of all rows, one document after the other."""
+"""Padded and packed batches: the tokens of all rows, one document after the other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.memo import is_tracing, remembered
 from colonnade.shapes import CuSeqlens, Positions
 
 
@@ -21,12 +22,14 @@ class Packing:
         seq_len: Their length, padding included.
         index: Where in the flattened batch each token lies, in order; None: everywhere.
         cu_seqlens: Where documents begin and end among the tokens.
+        is_token: False where the index leads to padding after all; None: nowhere.
     """
 
     batch: int
     seq_len: int
     index: Positions | None
     cu_seqlens: CuSeqlens
+    is_token: Bool[Tensor, " total"] | None = None
 
     @classmethod
     def of_padded(cls, padding_mask: Bool[Tensor, "batch seq_len"]) -> Packing:
@@ -37,9 +40,9 @@ class Packing:
     def of_documents(cls, document: Positions) -> Packing:
         """Pack rows without padding; a document ends where `document` changes, or its batch row."""
         batch, seq_len = document.shape
-        begins = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
-        cu_seqlens = F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=batch * seq_len)
-        return cls(batch, seq_len, None, cu_seqlens)
+        first = torch.arange(seq_len, device=document.device) == 0
+        begins = (document != document.roll(1, 1)) | first
+        return cls(batch, seq_len, None, _cu_seqlens(begins.flatten()))
 
     def pack(self, x: Tensor) -> Tensor:
         """Lay [batch, seq_len, …] out as [total, …]."""
@@ -48,6 +51,9 @@ class Packing:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Lay [total, …] out as [batch, seq_len, …], zero where there is no token."""
+        if self.is_token is not None:
+            shape = -1, *[1] * (packed.dim() - 1)
+            packed = packed.masked_fill(~self.is_token.view(shape), 0.0)
         if self.index is not None:
             flat = packed.new_zeros(self.batch * self.seq_len, *packed.shape[1:])
             packed = flat.index_copy(0, self.index, packed)
@@ -58,6 +64,26 @@ class Packing:
 @remembered
 def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"]) -> Packing:
     """All layers of a step are handed one mask, and share what is found in it."""
-    index = padding_mask.flatten().nonzero()[:, 0]
-    cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
-    return Packing(padding_mask.shape[0], padding_mask.shape[1], index, cu_seqlens)
+    batch, seq_len = padding_mask.shape
+    flat = padding_mask.flatten()
+    if not is_tracing():
+        cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
+        return Packing(batch, seq_len, flat.nonzero()[:, 0], cu_seqlens)
+    # A compiler does not know how many tokens there are. So padding goes along behind all tokens,
+    # each a document of its own.
+    index = (~flat).long().argsort(stable=True)
+    is_token = flat[index]
+    row = index // seq_len
+    begins = (row != row.roll(1)) | (index == index[:1]) | ~is_token
+    return Packing(batch, seq_len, index, _cu_seqlens(begins), is_token)
+
+
+def _cu_seqlens(begins: Bool[Tensor, " total"]) -> CuSeqlens:
+    """Return where documents begin, and the total."""
+    total = begins.shape[0]
+    if not is_tracing():
+        return F.pad(begins.nonzero()[:, 0], (0, 1), value=total)
+    # Nor how many documents: those that are not there are empty, and come last.
+    position = torch.arange(total + 1, device=begins.device)
+    end = position[-1:]  # As a number it would be taken for a constant.
+    return torch.cat([torch.where(begins, position[:-1], end).sort().values, end])

@@ -46,7 +46,11 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         ValueError: There is none.
     """
-    complete = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
+    complete = [
+        path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdecimal() and _is_complete(path)
+    ]
     if not complete:
         raise ValueError(
             f"{folder} holds no checkpoint to resume from: the run ended before its first. "

@@ -52,6 +52,13 @@ def check(config: SparseTransformerConfig, settings: RunSettings) -> None:
             raise ValueError(f"{name} must be finite and above 0, got {name}={number}.")
     for name, minimum in (("steps", 0), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
         check_count(name, getattr(settings, name), minimum)
+    if settings.seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got seed={settings.seed}.")
+    if config.max_position_embeddings < 2:
+        raise ValueError(
+            "context must be at least 2, for the first token of a window has no prediction; got "
+            f"context={config.max_position_embeddings}."
+        )
     with torch.device("meta"):
         model = SparseTransformerForCausalLM(config)
     make_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
