@@ -106,7 +106,7 @@ def test_an_adapter_goes_on_top_of_a_fixed_base(tmp_path: Path) -> None:
     torch.testing.assert_close(again(input_ids=ids).logits, tuned(input_ids=ids).logits)
     with again.disable_adapter():
         base = again(input_ids=ids).logits
-    torch.testing.assert_close(base, _oracle("llama", ids).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(base.double(), _oracle("llama", ids), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"holds an adapter\. Use peft\.AutoPeftModel"):
         load(tmp_path / "adapter")
 
