@@ -102,7 +102,8 @@ def _worked_on_after_the_cache(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     assert isinstance(model, PreTrainedModel)
-    return model.double().eval()
+    model.double().eval()
+    return model
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "diffllama"])
@@ -151,6 +152,6 @@ def test_a_layer_that_does_not_bring_its_keys_to_the_cache_is_refused() -> None:
     with pytest.raises(ValueError, match=r"come from the FixedCache.*got none from it"):
         attention_function(attention, query, key, key, PatternMask(cache=cache))
     keys, values = cache.update(key, key, 0)
-    more = (torch.cat([t, t[:, :, :1]], 2) for t in (keys, values))
+    more, mores = (torch.cat([t, t[:, :, :1]], 2) for t in (keys, values))
     with pytest.raises(ValueError, match="got 12 of 13 from it"):
-        attention_function(attention, query, *more, PatternMask(cache=cache))
+        attention_function(attention, query, more, mores, PatternMask(cache=cache))

@@ -96,11 +96,11 @@ def test_an_adapter_goes_on_top_of_a_fixed_base(tmp_path: Path) -> None:
     lora = LoraConfig(
         r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
     )
-    get_peft_model(model, lora).save_pretrained(tmp_path / "nameless")
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "nameless"))
     nameless = json.loads((tmp_path / "nameless" / "adapter_config.json").read_text())
     assert nameless["base_model_name_or_path"] is None
     tuned: Any = get_peft_model(load(tmp_path / "base"), lora).eval()
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.save_pretrained(str(tmp_path / "adapter"))
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     ids = prompts(1, 30)
     torch.testing.assert_close(again(input_ids=ids).logits, tuned(input_ids=ids).logits)

@@ -203,6 +203,7 @@ def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -
     assert seen == [col.FixedPattern(8, 2, 2)] * 2
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_is_the_token_embedding_if_that_is_asked_for(tied: bool, tmp_path: Path) -> None:
     config = small_config(tie_word_embeddings=tied)

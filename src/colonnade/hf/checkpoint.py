@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from colonnade.hf.cache import check_cache
 from colonnade.hf.settings import NAME, has_settings, patterns_of
@@ -124,7 +124,7 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
 
 def _refuse_adapter(path: str | PathLike[str], shared: dict[str, Any]) -> None:
     whole = Path(path, "config.json").exists()  # As transformers decides it.
-    if not whole and find_adapter_config_file(path, **shared) is not None:
+    if not whole and find_adapter_config_file(str(path), **shared) is not None:
         raise ValueError(
             f"load takes a whole model, and {path} holds an adapter. Use "
             "peft.AutoPeftModelForCausalLM.from_pretrained (or that of its task), which keeps the "
