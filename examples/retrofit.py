@@ -68,7 +68,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = load(folder)  # `from_pretrained` would give dense attention.
+        loaded = load(folder)
     cache = FixedCache(loaded.config)
     begin, _ = corpus.split("test")
     prompt = torch.from_numpy(corpus.read(begin, begin + 800)).long()[None]

@@ -50,6 +50,20 @@ def losses(folder: Path, step: int) -> list[tuple[int, float]]:
     return [(e["step"], e["loss"]) for e in state["log_history"] if "loss" in e]
 
 
+@pytest.mark.parametrize("ranks", ["2", "16"])
+def test_one_of_several_ranks_is_refused_in_one_line(
+    ranks: str, text: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    new = ["--data", text, "--out", tmp_path / "new", "--steps", 5, *SMALL]
+    for arguments in (new, ["--out", run, "--resume"]):
+        result = invoke("train", *arguments)
+        assert result.exit_code == 2
+        assert f"got WORLD_SIZE={ranks}" in result.output
+        assert result.output.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_leaves_model_tokenizer_checkpoints_and_curve(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "checkpoint-20", "run.json"} <= names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,7 +184,8 @@ def test_what_would_be_silently_wrong_raises() -> None:
 def test_other_attention_implementations_raise() -> None:
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         AutoModelForCausalLM.from_config(small_config(), attn_implementation="sdpa")
-    dense = AutoModelForCausalLM.from_config(small_config(), attn_implementation="eager")
+    with pytest.warns(UserWarning, match="attn_implementation='eager' was asked for"):
+        dense = AutoModelForCausalLM.from_config(small_config(), attn_implementation="eager")
     with pytest.raises(NotImplementedError, match="'colonnade' only, got 'eager'"):
         dense(tokens(1, 4))
 
@@ -199,3 +201,20 @@ def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("colonnade.ops.heads.attention", spy)
     random_model()(tokens(1, 9), use_cache=False)
     assert seen == [col.FixedPattern(8, 2, 2)] * 2
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_the_token_embedding_if_that_is_asked_for(tied: bool, tmp_path: Path) -> None:
+    config = small_config(tie_word_embeddings=tied)
+    model = SparseTransformerForCausalLM(config)
+    separate = SparseTransformerForCausalLM(small_config()).num_parameters()
+    assert (model.lm_head.weight is model.model.embedding.token.weight) is tied
+    assert model.num_parameters() == separate - tied * 256 * 16
+    assert model.model.embedding.token.weight.std() > 0  # The head begins at zero, this does not.
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    again = SparseTransformerForCausalLM.from_pretrained(tmp_path).eval()
+    assert (again.lm_head.weight is again.model.embedding.token.weight) is tied
+    batch = tokens(1, 20)
+    assert torch.equal(again(batch).logits, model.eval()(batch).logits)

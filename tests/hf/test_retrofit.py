@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+)
 
 import colonnade as col
 from colonnade.hf import FixedCache, load, retrofit
@@ -16,6 +22,8 @@ from colonnade.hf.attention import PatternMask, attention_function
 from colonnade.hf.settings import patterns_of
 from tests.hf.models import (
     FAMILIES,
+    GROUPED,
+    SIZES,
     dense_model,
     enable_recomputation,
     positions_of,
@@ -83,21 +91,6 @@ def test_our_model_takes_strides_per_layer_too() -> None:
     )
     with pytest.raises(ValueError, match="summary=9 and stride=8"):
         random_model(per_layer_config={1: {"colonnade_summary": 9}})
-
-
-@each_family
-@pytest.mark.plain
-def test_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
-    """`from_pretrained` alone gives the dense model: transformers saves no attention's name."""
-    model = retrofit(dense_model(family), 8, 2, layers=[1, 2])
-    model.save_pretrained(tmp_path)
-    ids = prompts(1, 30)
-    logits = model(ids).logits
-    loaded = load(tmp_path, dtype=torch.float64)
-    assert loaded.config._attn_implementation == "colonnade"
-    check_half_the_digits(loaded(ids).logits, logits)
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    check_half_the_digits(dense(ids).logits, dense_model(family)(ids).logits)
 
 
 def _train(model: torch.nn.Module, steps: int = 8) -> list[float]:
@@ -186,7 +179,7 @@ def test_what_cannot_be_retrofitted_says_why() -> None:
 
 
 @pytest.mark.plain
-def test_attention_of_another_kind_raises_where_it_is_called(tmp_path: Path) -> None:
+def test_attention_of_another_kind_raises_where_it_is_called() -> None:
     """Settings alone do not make a model one that may have them."""
     settings = {"colonnade_stride": 8, "colonnade_summary": 2, "attn_implementation": "colonnade"}
     ids = prompts(1, 12)
@@ -210,8 +203,105 @@ def test_attention_of_another_kind_raises_where_it_is_called(tmp_path: Path) -> 
         attention_function(attention, query, key, value, PatternMask(), is_causal=False)
     with pytest.raises(ValueError, match=r"own mask function only, got None"):
         attention_function(attention, query, key, value, None)
-    dense_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="needs colonnade_stride"):
-        load(tmp_path)
-    with pytest.raises(ValueError, match="got attn_implementation='sdpa'"):
-        load(tmp_path, attn_implementation="sdpa")
+
+
+@pytest.mark.plain
+def test_a_mask_that_no_layer_reads_is_made_in_vain() -> None:
+    """Qwen's mixtures of experts make a sliding mask beside the causal one."""
+    sizes = {**SIZES, **GROUPED, "moe_intermediate_size": 16, "num_experts": 4}
+    sizes |= {"shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
+    sizes |= {"experts_implementation": "eager"}  # The others have no float64.
+    full: dict[str, Any] = {"layer_types": ["full_attention"] * 3, "sliding_window": 4}
+    for kind, changes in (
+        ("qwen2_moe", {}),
+        ("qwen2", full),
+        ("qwen3", full),
+        ("gemma3_text", full),
+    ):
+        config = AutoConfig.for_model(kind, **{**sizes, **changes})
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        ids = prompts(2, 21)
+        dense = model(ids).logits
+        check_half_the_digits(retrofit(model, 8, 2, layers=[])(ids).logits, dense)
+        whole = retrofit(model, 8, 2)(ids, use_cache=False).logits
+        assert (whole - dense).abs().max() > 1e-3
+        cache = FixedCache(model.config)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([17, 1, 3], 1)]
+        check_half_the_digits(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "modernbert", "eurobert"])
+def test_encoders_are_refused(kind: str) -> None:
+    config = AutoConfig.for_model(kind, **{**SIZES, "intermediate_size": 48})
+    model = AutoModelForMaskedLM.from_config(config)
+    with pytest.raises(NotImplementedError, match="in both directions"):
+        retrofit(model, 8, 2)
+    assert _untouched(model)
+
+
+@pytest.mark.plain
+def test_a_decoder_made_of_an_encoder_is_taken() -> None:
+    config = AutoConfig.for_model("bert", **{**SIZES, "intermediate_size": 48}, is_decoder=True)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    ids = prompts(2, 21)
+    dense = model(ids).logits
+    check_half_the_digits(retrofit(model, 8, 2, layers=[])(ids).logits, dense)
+
+
+@pytest.mark.plain
+def test_layers_that_look_into_the_mask_are_refused() -> None:
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    latent |= {"v_head_dim": 8, "n_routed_experts": 4, "first_k_dense_replace": 3, "n_group": 1}
+    latent |= {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "topk_group": 1}
+    for kind, changes in (("doge", {}), ("deepseek_v32", latent), ("glm_moe_dsa", latent)):
+        config = AutoConfig.for_model(kind, **{**SIZES, "intermediate_size": 48, **changes})
+        model = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(NotImplementedError, match=r"pass its mask on.*looks into it"):
+            retrofit(model, 8, 2)
+        assert _untouched(model)
+
+
+def _with_a_picture(text: str) -> PreTrainedModel:
+    """Return a model that reads a picture of four patches, which stand at token 96, and text."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model(
+        "llava",
+        vision_config=AutoConfig.for_model("clip_vision_model", **sizes),
+        text_config=AutoConfig.for_model(text, **{**SIZES, **FAMILIES[text]}),
+        image_token_index=96,
+        vision_feature_layer=-1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config).double().eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("text", ["llama", "qwen2", "mistral"])
+def test_of_a_vision_language_model_the_decoder_changes_alone(text: str, tmp_path: Path) -> None:
+    """Without a layer it is the model it was; and saved and loaded it keeps its attention."""
+    dense = _with_a_picture(text)
+    ids = torch.cat([torch.full((1, 4), 96), torch.randint(2, 90, (1, 30))], 1)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16).double()}
+    before = dense(**inputs).logits
+    model = retrofit(_with_a_picture(text), 8, 2, layers=[])
+    assert model.config.vision_config._attn_implementation != "colonnade"
+    assert model.config._attn_implementation != "colonnade"
+    check_half_the_digits(model(**inputs).logits, before)
+    after = retrofit(model, 8, 2, subblocks=2)(**inputs).logits
+    assert (after - before).abs().max() > 1e-3
+    cache = FixedCache(model.config)
+    found = [model(**{**inputs, "input_ids": ids[:, :20]}, past_key_values=cache).logits]
+    found.append(model(ids[:, 20:], past_key_values=cache).logits)
+    check_half_the_digits(torch.cat(found, 1), after)
+    for times in ("once", "twice"):
+        model.save_pretrained(tmp_path / times)
+        for load_it in (load, AutoModelForImageTextToText.from_pretrained):
+            model = load_it(tmp_path / times, dtype=torch.float64)
+            check_half_the_digits(model(**inputs).logits, after)
+            assert model.config.vision_config._attn_implementation != "colonnade"

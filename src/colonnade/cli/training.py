@@ -149,6 +149,7 @@ def train(
         from colonnade.train import folder, run, settings
 
         logging.disable_progress_bar()  # That of writing files; the run has a bar of its own.
+        run.check_alone()
         if resume:
             _refuse_other_options(context)
             settings.RunSettings.load(out).corpus()

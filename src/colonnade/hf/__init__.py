@@ -1,7 +1,8 @@
 """Fixed attention for transformers: a model of its own, a cache, and `retrofit` for other models.
 
-Importing this package registers attn_implementation="colonnade", and the Sparse Transformer with
-AutoConfig, AutoModel and AutoModelForCausalLM. Nothing below it imports transformers.
+Importing this package registers attn_implementation="colonnade", has models with our settings load
+with it, and registers the Sparse Transformer with AutoConfig, AutoModel and AutoModelForCausalLM.
+Nothing below it imports transformers.
 """
 
 from transformers import (
@@ -14,14 +15,16 @@ from transformers import (
 
 from colonnade.hf.attention import attention_function, mask_function
 from colonnade.hf.cache import FixedCache
+from colonnade.hf.checkpoint import keep_attention, load
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.model import SparseTransformerForCausalLM, SparseTransformerModel
-from colonnade.hf.retrofit import load, retrofit
+from colonnade.hf.retrofit import retrofit
 from colonnade.hf.settings import NAME
 from colonnade.hf.tokenizer import byte_tokenizer
 
 AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, mask_function)
+keep_attention()
 AutoConfig.register("sparse_transformer", SparseTransformerConfig, exist_ok=True)
 AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=True)
 AutoModelForCausalLM.register(SparseTransformerConfig, SparseTransformerForCausalLM, exist_ok=True)

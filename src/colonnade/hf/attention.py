@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
@@ -22,7 +22,7 @@ from colonnade.backends.call import Seen
 from colonnade.backends.choice import run
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.hf.cache import CacheOffset, FixedCache
-from colonnade.hf.settings import NAME, patterns_of
+from colonnade.hf.settings import NAME, depends_on_head, of_layer, patterns_of
 from colonnade.ops.check import make_call
 from colonnade.ops.heads import Patterns, attention_in_groups, in_head_groups
 from colonnade.ops.kept import mask_of_positions
@@ -40,12 +40,14 @@ class PatternMask:
         padding: [batch, positions], True at tokens, if there are fewer queries than keys.
         cache: The cache that keeps what the queries read, if it does not keep everything.
         filled: Number of positions that the keys hold, if their length does not say so.
+        is_known: Whether this is the mask of a pattern. If not, no layer may read it.
     """
 
     packing: Packing | None = None
     padding: Bool[Tensor, "batch positions"] | None = None
     cache: FixedCache | None = None
     filled: int | Tensor | None = None
+    is_known: bool = True
     # `generate` makes the mask of a static cache ahead and passes it as an attention mask; one that
     # is not 4-D would be taken for the user's, and reshaped.
     ndim = 4
@@ -70,13 +72,14 @@ def mask_function(
 
     Raises:
         ValueError: The attention mask contradicts a `FixedCache`.
-        NotImplementedError: The mask is neither causal nor that of packed rows, or a cache that is
-            no `FixedCache` drops positions.
+        NotImplementedError: A cache that is no `FixedCache` drops positions.
     """
     if isinstance(attention_mask, PatternMask):  # Made ahead.
         return attention_mask
     if torch.compiler.is_compiling():
         document = _asked_documents(mask_function, batch_size, q_length, device)
+    elif _is_unknown(mask_function):  # A model may make a mask that no layer reads.
+        return PatternMask(is_known=False)
     else:
         document = _packed_documents(mask_function)
     if isinstance(kv_offset, CacheOffset):
@@ -108,33 +111,42 @@ def _packed_documents(mask_function: Callable[..., Any]) -> Positions | None:
     transformers finds packed rows by position_ids that restart, and says so only in a closure
     around the causal function.
     """
-    parts = list(_parts(mask_function))
-    packed = [p for p in parts if p.__code__ is _PACKED_CODE]
-    if len(packed) > 1 or any(p not in (causal_mask_function, *packed) for p in parts):
-        raise NotImplementedError(
-            f"attn_implementation={NAME!r} knows causal masks, padding and packed rows only, got a "
-            "mask over them (a sliding window, a prefix, or one of your own)."
-        )
+    packed = [p for p in _parts(mask_function) if p.__code__ is _PACKED_CODE]
     if not packed:
         return None
     document: Tensor = getclosurevars(packed[0]).nonlocals["packed_sequence_mask"]
     return document if bool((document != document[:, :1]).any()) else None
 
 
+def _is_unknown(mask_function: Callable[..., Any]) -> bool:
+    """Whether a mask is neither causal nor that of packed rows."""
+    others = [part for part in _parts(mask_function) if part is not causal_mask_function]
+    return len(others) > 1 or any(part.__code__ is not _PACKED_CODE for part in others)
+
+
 def _asked_documents(
     mask_function: Callable[..., Any], batch_size: int, length: int, device: torch.device | None
 ) -> Positions | None:
-    """Return the same where a compiler cannot look into a closure, by asking the mask function.
+    """Return the documents where a compiler cannot look into a closure, by asking the function.
 
-    A document begins where a token does not see the one before it.
+    A document begins where a token does not see the one before it. A token must see the first one
+    of its document, and not the one after itself: else the mask is of a kind that we do not know.
     """
     if mask_function is causal_mask_function:
         return None
-    position = torch.arange(length, device=device)
     row = torch.arange(batch_size, device=device)[:, None]
-    before = (position - 1).clamp(min=0)
-    sees: Tensor = mask_function(row, torch.zeros_like(row), position, before)
-    return (~sees).long().cumsum(-1).expand(batch_size, -1)
+    position = torch.arange(length, device=device)
+
+    def sees(key: Tensor) -> Tensor:
+        seen: Tensor = mask_function(row, torch.zeros_like(row), position, key)
+        return seen.expand(batch_size, -1)
+
+    begins = ~sees((position - 1).clamp(min=0))
+    first = torch.where(begins, position, 0).cummax(-1).values
+    after = (position + 1).clamp(max=length - 1)
+    known = sees(first) & ~(sees(after) & (after > position))
+    torch._assert_async(known.all(), _UNKNOWN)
+    return begins.long().cumsum(-1)
 
 
 _PACKED_CODE = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
@@ -170,24 +182,26 @@ def attention_function(
     Raises:
         ValueError: `attention_mask` did not come from our mask function, so padding may be lost; or
             the cache was made for another pattern.
-        NotImplementedError: The model asks for a window, capped scores, learnt sink logits, or
-            attention that is not causal self-attention.
+        NotImplementedError: The model asks for a window, capped scores, learnt sink logits, a mask
+            that is neither causal nor that of packed rows, or attention that is not causal
+            self-attention; or a rank holds some of the heads where their numbers matter.
     """
     check_mask(attention_mask)
     assert attention_mask is not None
     _check_call(module, is_causal, others)
     # Modules of transformers that attend have both.
     patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
+    _check_heads(module, query.shape[1], patterns)
     options = {"scale": scaling, "dropout_p": dropout}
     padding, filled = attention_mask.padding, attention_mask.filled
     if attention_mask.cache is not None:
-        kv = attention_mask.cache.layers[module.layer_idx].kv  # type: ignore[index]
-        if kv.pattern != patterns:
+        layer = attention_mask.cache.layers[module.layer_idx]  # type: ignore[index]
+        if layer.kv.pattern != patterns:
             raise ValueError(
                 f"the cache was made for another pattern than layer {module.layer_idx} reads, got "
-                f"{kv.pattern} and {patterns}. Use FixedCache(model.config)."
+                f"{layer.kv.pattern} and {patterns}. Use FixedCache(model.config)."
             )
-        out = kv.read(query, key, value, scaling, dropout)
+        out = layer.read(query, key, value, scaling, dropout)
     elif filled is not None and torch.compiler.is_compiling():
         out = _attend_filled(query, key, value, patterns, filled, padding, options)
     else:
@@ -203,7 +217,12 @@ def attention_function(
 
 
 def check_mask(attention_mask: object) -> None:
-    """Refuse a mask that did not come from our mask function, with a ValueError."""
+    """Refuse a mask that did not come from our mask function, or that is not of a pattern.
+
+    Raises:
+        ValueError: The mask came from elsewhere.
+        NotImplementedError: It is neither causal nor that of packed rows.
+    """
     if not isinstance(attention_mask, PatternMask):
         shape = getattr(attention_mask, "shape", None)
         found = attention_mask if shape is None else f"a mask of shape {tuple(shape)}"
@@ -211,6 +230,14 @@ def check_mask(attention_mask: object) -> None:
             f"attn_implementation={NAME!r} takes the mask of its own mask function only, got "
             f"{found}. Pass a 2-D attention_mask to the model, or none."
         )
+    if not attention_mask.is_known:
+        raise NotImplementedError(_UNKNOWN)
+
+
+_UNKNOWN = (
+    f"attn_implementation={NAME!r} knows causal masks, padding and packed rows only, got a mask "
+    "over them (a sliding window, a prefix, or one of your own)."
+)
 
 
 def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any]) -> None:
@@ -226,6 +253,25 @@ def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any
         raise NotImplementedError(
             f"attn_implementation={NAME!r} is causal self-attention only, got a "
             f"{type(module).__name__} that is not."
+        )
+
+
+def _check_heads(module: nn.Module, heads: int, patterns: Patterns) -> None:
+    """Refuse the heads of one rank where their numbers, which start anew there, change the result.
+
+    Raises:
+        NotImplementedError: This rank holds some of the heads, and they read different columns.
+    """
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    if is_alone or not depends_on_head(patterns):
+        return
+    config = of_layer(module.config, module.layer_idx)  # type: ignore[arg-type]
+    every = getattr(config, "num_attention_heads", heads)
+    if isinstance(every, int) and heads < every and distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            f"a rank must hold all heads where their numbers say what they read, got {heads} of "
+            f"{every} heads and {patterns}. Use subblocks=1 and one pattern for all heads, or no "
+            "tensor parallelism."
         )
 
 

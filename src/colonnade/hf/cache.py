@@ -13,25 +13,32 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from colonnade.cache import Entries, KVCache
-from colonnade.hf.settings import NAME, patterns_of
+from colonnade.hf.settings import NAME, depends_on_head, patterns_of
 from colonnade.ops.heads import Patterns
-from colonnade.shapes import Key, Value
+from colonnade.shapes import Key, Output, Query, Value
 
 # Earlier releases of transformers have only one kind.
 _Quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
-def check_cache(cache: Cache | None) -> None:
+def check_cache(cache: Cache, model: nn.Module) -> None:
     """Refuse caches that save memory on positions which the pattern never reads again.
 
     Raises:
+        ValueError: Gradient checkpointing would drop the cache, but not the mask that counts on it.
         NotImplementedError: A quantised or an offloaded cache.
     """
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise ValueError(
+            "gradient checkpointing drops the cache of a model in training, got past_key_values="
+            f"{type(cache).__name__}. Leave the cache out (use_cache=False), or call model.eval() "
+            "first."
+        )
     layers = getattr(cache, "layers", ())
     what = "an offloaded" if getattr(cache, "offloading", False) else None
     if any(isinstance(layer, _Quantized) for layer in layers):
@@ -71,6 +78,7 @@ class FixedLayer(CacheLayerMixin):
     Attributes:
         kv: The cache behind it.
         seen: Number of positions so far; as transformers counts, padding is included.
+        given: What the last update returned; None if none came since positions were announced.
     """
 
     is_croppable = True
@@ -80,6 +88,7 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()
         self.kv = KVCache(pattern, max_seq_len)
         self.seen = 0
+        self.given: Entries | None = None
 
     def __repr__(self) -> str:
         return repr(self.kv)
@@ -110,7 +119,34 @@ class FixedLayer(CacheLayerMixin):
         entries = self.kv.append(key_states, value_states, is_token)
         self.seen += key_states.shape[2]
         self.is_initialized = True
+        self.given = entries
         return entries
+
+    def read(
+        self, query: Query, key: Key, value: Value, scale: float | None, dropout: float
+    ) -> Output:
+        """Attend to what the last update returned, or to what the model made of each entry of it.
+
+        Raises:
+            ValueError: There was no update, or entries were added to it.
+            NotImplementedError: The model made other heads of it, whose numbers matter.
+        """
+        given = self.given
+        if given is None or key.shape[2] != given[0].shape[2]:
+            found = "none" if given is None else f"{given[0].shape[2]} of {key.shape[2]}"
+            raise ValueError(
+                "keys and values must come from the FixedCache that was given to the model, got "
+                f"{found} from it. Gradient checkpointing drops the cache of a model in training, "
+                "and some models let layers share their keys: use another cache, or none."
+            )
+        if depends_on_head(self.kv.pattern) and not (key is given[0] and value is given[1]):
+            raise NotImplementedError(
+                "a FixedCache must keep the heads that attend where their numbers matter (several "
+                f"sub-blocks or patterns), got {self.kv.pattern} and a model that makes "
+                f"{key.shape[1]} heads of the {given[0].shape[1]} in its cache. Use a "
+                "DynamicCache, or subblocks=1."
+            )
+        return self.kv.read(query, key, value, scale, dropout)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (positions with the next ones, 0), as if everything were kept."""
@@ -218,6 +254,8 @@ class FixedCache(Cache):
             if self._padding is None and is_token.all():
                 attention_mask = is_token = None
         self._announced = Announcement(seen, length, is_token)
+        for layer in self.layers:
+            layer.given = None
         self._padding = attention_mask
 
     def _check_padding(self, attention_mask: Tensor, seen: int, length: int) -> None:

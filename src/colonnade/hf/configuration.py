@@ -13,6 +13,12 @@ from colonnade.ops.check import check_probability
 from colonnade.ops.heads import check_patterns
 from colonnade.pattern import FixedPattern, check_counts
 
+_IMPORT_US = (
+    "This is a Sparse Transformer: run `import colonnade.hf` before you load it."
+    "--configuration.SparseTransformerConfig"
+)
+"""What transformers shows of a checkpoint whose model it does not know, up to the two dashes."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Child et al. 2019, sections 7.1 to 7.3.
     "enwik8": {
@@ -96,6 +102,8 @@ class SparseTransformerConfig(PreTrainedConfig):
             is smaller by the square root of their number. The paper's 0.125/sqrt(hidden_size) if
             None.
         use_cache: Keep keys and values in `generate`.
+        tie_word_embeddings: Use the token embedding as the output head too. The first loss is then
+            not that of equal logits.
 
     Raises:
         TypeError: A size is not an integer.
@@ -162,6 +170,7 @@ class SparseTransformerConfig(PreTrainedConfig):
         check_probability("dropout", self.dropout)
         check_probability("attention_dropout", self.attention_dropout)
         super().__post_init__(**kwargs)
+        self.auto_map = {"AutoConfig": _IMPORT_US}
         for layer in range(self.num_hidden_layers if self.is_heterogeneous else 1):
             check_patterns(patterns_of(self, layer), self.num_key_value_heads)
         # A checkpoint does not name the attention, so the configuration itself asks for ours.

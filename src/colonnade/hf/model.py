@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from colonnade.hf.attention import PatternMask, check_mask
-from colonnade.hf.cache import FixedCache, check_cache
+from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbedding
@@ -184,7 +184,6 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             NotImplementedError: A mask is of another kind, another attention is set, or the cache
                 drops positions, is quantised or is offloaded.
         """
-        check_cache(past_key_values)
         if self.config._attn_implementation != NAME:  # transformers lets every model have "eager".
             raise NotImplementedError(
                 f"the Sparse Transformer runs attn_implementation={NAME!r} only, got "
@@ -260,6 +259,9 @@ def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int) 
 
 class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationMixin):
     """The Sparse Transformer with its output head: p(x_(t+1) | x_0 … x_t)."""
+
+    # Tied if the configuration says tie_word_embeddings.
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.token.weight"}  # noqa: RUF012
 
     def __init__(self, config: SparseTransformerConfig) -> None:
         super().__init__(config)

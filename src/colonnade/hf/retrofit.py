@@ -6,16 +6,17 @@ the model gives what it gave before.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Sequence
-from os import PathLike
+from functools import cache
 from typing import Any, TypeVar
 
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from colonnade.hf.cache import check_cache
-from colonnade.hf.settings import NAME, patterns_of
+from colonnade.hf.checkpoint import write_name
+from colonnade.hf.settings import NAME
 from colonnade.pattern import FixedPattern, check_count
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -26,6 +27,8 @@ _CHANGES_THE_RESULT = {
     "attn_logit_softcapping": "capped scores",
 }
 """Settings of other models that no fixed pattern can follow, and what each of them means."""
+_OF_LAYER_TYPES = ("sliding_window", "attention_chunk_size")
+"""Those of them that concern only the layers which `layer_types` names, where there is one."""
 
 
 def retrofit(
@@ -38,10 +41,10 @@ def retrofit(
     """Give layers of a loaded causal model the pattern S_i = A1_i ∪ A2_i; see `FixedPattern`.
 
     This works for transformers models that attend through the attention interface, such as Llama,
-    Qwen, Mistral, GPT-2 and GPT-NeoX. The settings are written into `model.config` and saved with
-    it, but transformers does not save the name of the attention: reload with `colonnade.hf.load`,
-    because `from_pretrained` gives a dense model. For the small cache, pass
-    `past_key_values=FixedCache(model.config)` to `generate`.
+    Qwen, Mistral, GPT-2 and GPT-NeoX; of a vision-language model the text decoder alone changes.
+    The settings and the name of the attention are written into `model.config` and saved with it, so
+    after `import colonnade.hf` whatever loads the checkpoint gives fixed attention. For the small
+    cache, pass `past_key_values=FixedCache(model.config)` to `generate`.
 
     Args:
         model: The model, which is changed in place.
@@ -60,7 +63,8 @@ def retrofit(
         ValueError: The pattern does not exist, the model lacks a layer in `layers`, or it is a
             Sparse Transformer, which has a pattern already.
         NotImplementedError: The model attends in a way that has no fixed pattern (windows, capped
-            scores, cross-attention), or not through transformers' attention interface.
+            scores, cross-attention, both directions), looks into its mask, or does not attend
+            through transformers' attention interface.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -81,53 +85,12 @@ def retrofit(
             )
     dense = [layer for layer in every if layer not in chosen]
     _write_settings(config, stride, summary, subblocks, dense)
-    model.set_attn_implementation(NAME)
-    return _watched(model)
-
-
-def load(path: str | PathLike[str], **options: Any) -> Any:
-    """Load a causal model that was saved after `retrofit`, with its fixed attention.
-
-    Args:
-        path: Folder or name, as for `AutoModelForCausalLM.from_pretrained`.
-        **options: Passed on to `from_pretrained`.
-
-    Returns:
-        The model, in the class that `AutoModelForCausalLM` finds for it.
-
-    Raises:
-        ValueError: The configuration lacks the settings that `retrofit` writes, or
-            `attn_implementation` names another attention.
-    """
-    if options.setdefault("attn_implementation", NAME) != NAME:
-        raise ValueError(
-            f"load takes no attn_implementation but {NAME!r}, got attn_implementation="
-            f"{options['attn_implementation']!r}. Use from_pretrained for another attention."
-        )
-    names = ("revision", "cache_dir", "token", "trust_remote_code", "local_files_only", "subfolder")
-    shared = {name: options[name] for name in names if name in options}
-    config = options.get("config") or AutoConfig.from_pretrained(path, **shared)
-    patterns_of(config.get_text_config(decoder=True), 0)
-    return _watched(AutoModelForCausalLM.from_pretrained(path, **options))
-
-
-def _watched(model: Model) -> Model:
-    """Make the model refuse caches that would do nothing for the pattern, and return it.
-
-    A hook has to look, because transformers shows neither the mask function nor the attention
-    function the cache.
-    """
-    base = model.base_model
-    if _check_cache_of_call not in base._forward_pre_hooks.values():  # A second retrofit finds it.
-        base.register_forward_pre_hook(_check_cache_of_call, with_kwargs=True)
+    inside = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
+    model.set_attn_implementation({inside[0]: NAME} if inside else NAME)
+    write_name(model.config)
+    # An adapter that is trained on this model must not name the dense checkpoint as its base.
+    model.name_or_path = ""
     return model
-
-
-def _check_cache_of_call(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-    if module.config._attn_implementation == NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
-        for argument in (*given, *named.values()):
-            if isinstance(argument, Cache):
-                check_cache(argument)
 
 
 def _write_settings(
@@ -154,18 +117,44 @@ def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             f"{name} has a fixed pattern already. Set stride, summary and subblocks in its "
             "configuration instead."
         )
-    if not model._supports_attention_backend:
+    # The decoder of a composite model is a model of its own, with the configuration of the text.
+    decoders = [
+        each
+        for each in model.modules()
+        if isinstance(each, PreTrainedModel) and each.config is config
+    ]
+    if not all(
+        each._supports_attention_backend and each._can_set_attn_implementation()
+        for each in decoders
+    ):
+        decoders = []
+    layers = [each for decoder in decoders for each in decoder.modules() if _attends(type(each))]
+    if not layers:
         raise NotImplementedError(
             f"a model must attend through transformers' attention interface, which {name} does "
             "not, so its pattern cannot be changed."
         )
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+    crosses = ("is_encoder_decoder", "add_cross_attention", "cross_attention_layers")
+    if any(getattr(config, setting, None) for setting in crosses):
         raise NotImplementedError(
             f"a fixed pattern is for causal decoders, got {name}, which has cross-attention."
         )
+    for layer in layers:
+        if not getattr(layer, "is_causal", True):
+            raise NotImplementedError(
+                f"a fixed pattern is for causal decoders, got {name}, whose "
+                f"{type(layer).__name__} reads in both directions."
+            )
+        if _looks_into_mask(type(layer)):
+            raise NotImplementedError(
+                f"a layer must pass its mask on as it is, got {name}, whose "
+                f"{type(layer).__name__} looks into it."
+            )
     of_layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     for of_layer in of_layers:
         for setting, meaning in _CHANGES_THE_RESULT.items():
+            if setting in _OF_LAYER_TYPES and getattr(config, "layer_types", None):
+                continue  # layer_types, below, says whether a layer reads it.
             if value := getattr(of_layer, setting, None):
                 raise NotImplementedError(
                     f"a fixed pattern cannot have {meaning}, got {setting}={value!r} for {name}. "
@@ -175,3 +164,34 @@ def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         raise NotImplementedError(
             f"every layer must have full attention, got layer_types with {other} for {name}."
         )
+
+
+@cache
+def _source(kind: type) -> ast.Module | None:
+    """Return the parsed source of a class of modules; None if there is none to read."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return None
+
+
+def _attends(kind: type) -> bool:
+    """Whether modules of a class call the attention function that the configuration names."""
+    return any(
+        isinstance(node, ast.Name) and node.id == "ALL_ATTENTION_FUNCTIONS" for node in _nodes(kind)
+    )
+
+
+def _looks_into_mask(kind: type) -> bool:
+    """Whether modules of a class use an attention mask other than by passing it on."""
+    return any(
+        isinstance(node, ast.Subscript | ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "attention_mask"
+        for node in _nodes(kind)
+    )
+
+
+def _nodes(kind: type) -> list[ast.AST]:
+    source = _source(kind)
+    return [] if source is None else list(ast.walk(source))

@@ -19,6 +19,25 @@ SCHEMES = ("merged", "interleaved", "multihead")
 """The three ways to use a factorization (Child et al. 2019, section 5.1)."""
 
 
+def of_layer(config: PreTrainedConfig, layer_idx: int) -> PreTrainedConfig:
+    """Return the configuration of one layer; the whole one if layers have none of their own."""
+    if getattr(config, "is_heterogeneous", False):
+        return config.per_layer_config[layer_idx]
+    return config
+
+
+def has_settings(config: PreTrainedConfig) -> bool:
+    """Whether the configuration itself, and not one inside of it, has our settings."""
+    return getattr(of_layer(config, 0), "colonnade_stride", None) is not None
+
+
+def depends_on_head(patterns: Patterns) -> bool:
+    """Whether the number of a key head says what it reads."""
+    if isinstance(patterns, tuple):
+        return len(patterns) > 1 or depends_on_head(patterns[0])
+    return getattr(patterns, "subblocks", 1) > 1
+
+
 def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
     """Return the pattern that layer `layer_idx` of a model reads, or one for each head group.
 
@@ -26,8 +45,7 @@ def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
         ValueError: The configuration lacks `colonnade_stride` or `colonnade_summary`, or the
             pattern that it asks for does not exist.
     """
-    if getattr(config, "is_heterogeneous", False):
-        config = config.per_layer_config[layer_idx]
+    config = of_layer(config, layer_idx)
     stride = getattr(config, "colonnade_stride", None)
     summary = getattr(config, "colonnade_summary", None)
     if stride is None or summary is None:

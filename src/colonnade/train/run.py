@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,19 @@ class BitsTrainer(Trainer):
         """Return (steps, training loss in bits per byte) as logged."""
         logged = [entry for entry in self.state.log_history if "loss" in entry]
         return [int(e["step"]) for e in logged], [e["bits_per_byte"] for e in logged]
+
+
+def check_alone() -> None:
+    """Refuse to be one of several processes, which would each train and write the same folder.
+
+    Raises:
+        ValueError: WORLD_SIZE, which torchrun sets, is above 1.
+    """
+    if (world := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        raise ValueError(
+            f"a run trains in one process, got WORLD_SIZE={world}. Start it without torchrun, or "
+            "with --nproc-per-node 1."
+        )
 
 
 def check(config: SparseTransformerConfig, settings: RunSettings) -> None:
