@@ -134,7 +134,7 @@ def _first_taken(choices: tuple[tuple[str, ...], ...], probe: Path, out: Path) -
 
 
 def _failure(source: Path, out: Path, options: list[str]) -> str | None:
-    """Compile, and return a clause with the compiler's last words if it fails.
+    """Compile, and return a clause with the compiler's errors, or last words, if it fails.
 
     Raises:
         BuildError: It hangs, was killed, or lacks memory or disk, which may pass.
@@ -148,9 +148,12 @@ def _failure(source: Path, out: Path, options: list[str]) -> str | None:
         raise BuildError(f"could not be built: {command[0]} ran {MINUTES:g} minutes") from error
     if done.returncode == 0 and out.exists():
         return None
-    last = "\n".join(done.stderr.splitlines()[-5:])
-    said = f"could not be built: {shlex.join(command)} ended with {done.returncode}, saying\n{last}"
-    if done.returncode < 0 or PASSES.search(last):
+    lines = done.stderr.splitlines()
+    quoted = "\n".join([line for line in lines if "error" in line.lower()][:5] or lines[-5:])
+    said = (
+        f"could not be built: {shlex.join(command)} ended with {done.returncode}, saying\n{quoted}"
+    )
+    if done.returncode < 0 or PASSES.search(done.stderr):
         raise BuildError(said)
     return said
 
