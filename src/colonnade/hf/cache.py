@@ -227,7 +227,7 @@ class FixedCache(Cache):
                 f"attention_mask.shape={tuple(attention_mask.shape)} for {seen} positions in the "
                 f"cache and {length} new ones."
             )
-        kept = torch.tensor(self.layers[0].kv.seq_lens)
+        kept = torch.tensor(self.layers[0].kv.seq_lens, device="cpu")
         tokens = attention_mask[:, :seen].sum(1).long().cpu()
         if seen and not torch.equal(tokens, kept):
             raise ValueError(
@@ -300,7 +300,8 @@ class FixedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one after the other."""
-        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        rows = torch.arange(max(self.batch_size, 0), device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, in their order, by number or by a mask."""
