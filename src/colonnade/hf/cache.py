@@ -44,6 +44,16 @@ def check_cache(cache: Cache | None) -> None:
         )
 
 
+def in_type_of(value: Tensor, tensor: Tensor) -> Tensor:
+    """Return queries or keys that a norm in float32 has lifted, in the half precision of `value`.
+
+    Models with norms of queries and keys do that once their norms are kept in float32, as under
+    k-bit tuning; flash attention in transformers takes them in the type of the model too.
+    """
+    lifted = tensor.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(value.dtype) if lifted else tensor
+
+
 class CacheOffset(int):
     """The kv_offset of a `FixedCache`, which it carries along; 0 to everybody else."""
 
@@ -107,7 +117,7 @@ class FixedLayer(CacheLayerMixin):
         is_token: Bool[Tensor, "batch length"] | None = None,
     ) -> Entries:
         """Append positions, and return the entries that their queries may read."""
-        entries = self.kv.append(key_states, value_states, is_token)
+        entries = self.kv.append(in_type_of(value_states, key_states), value_states, is_token)
         self.seen += key_states.shape[2]
         self.is_initialized = True
         return entries
