@@ -129,7 +129,13 @@ def _compiler_version() -> str | None:
     if path is None:
         return None
     try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
+        said = subprocess.run(
+            [path, "--version"],
+            capture_output=True,
+            encoding="ascii",
+            errors="backslashreplace",  # Whatever the compiler and the locale speak.
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return Path(path).name
     return (said.stdout.splitlines() or [Path(path).name])[0]

@@ -74,8 +74,10 @@ class Pattern(ABC):
         check_counts(0, seq_len=seq_len)
         if i >= seq_len:
             raise ValueError(f"i must be in [0, seq_len), got i={i} and seq_len={seq_len}.")
-        keys = torch.arange(i + 1 if self.causal else seq_len)
-        read: list[int] = self.reads(torch.tensor(i), keys, head).nonzero().flatten().tolist()
+        keys = torch.arange(i + 1 if self.causal else seq_len, device="cpu")
+        read: list[int] = (
+            self.reads(torch.tensor(i, device="cpu"), keys, head).nonzero().flatten().tolist()
+        )
         return read
 
     def mask(self, seq_len: int, num_heads: int = 1) -> Mask:

@@ -2,87 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import colonnade
-from colonnade.backends.native import build
-from tests.fresh import Fresh, start
+from colonnade.backends.native import build, compiler
+from tests.backends.native_process import (
+    Report,
+    copy_library,
+    fake_compiler,
+    report_of,
+    start_trying,
+    try_native,
+)
 
 why_not = colonnade.backends()["native"]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=f"native {why_not}")
-
-
-TRY = """
-import json, torch, colonnade
-query = torch.randn(1, 1, 6, 4)
-pattern = colonnade.FixedPattern(4, 1)
-try:
-    colonnade.attention(query, query, query, pattern, backend="native")
-    asked = None
-except NotImplementedError as error:
-    asked = str(error)
-why = colonnade.backends()["native"]
-chosen = colonnade.explain(query, query, query, pattern).backend
-colonnade.attention(query, query, query, pattern)
-print(json.dumps({"why": why, "asked": asked, "chosen": chosen}))
-"""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Findings of a process that tried the backend.
-
-    Attributes:
-        why: The reason in `backends()` why native does not run.
-        asked: The error of a call that names it.
-        chosen: The backend of a call that names none.
-        said: Standard error.
-    """
-
-    why: str | None
-    asked: str | None
-    chosen: str
-    said: str
-
-
-def _start(cache: Path, **environment: str) -> Fresh:
-    """Start a process that tries the backend with a folder for the library."""
-    return start(TRY, environment={"COLONNADE_CACHE": str(cache)} | environment)
-
-
-def _report(process: Fresh) -> Report:
-    done = process.finish()
-    assert done.returncode == 0, done.stderr
-    return Report(**json.loads(done.stdout), said=done.stderr)
-
-
-def _try(cache: Path, **environment: str) -> Report:
-    return _report(_start(cache, **environment))
-
-
-def _compiler(folder: Path, what: str) -> str:
-    """Return a script instead of a compiler: it does `what` with "$out", the file to write."""
-    script = folder / "compiler"
-    script.write_text(
-        "#!/bin/sh\n"
-        'if [ "$1" = --version ]; then echo "compiler 1.0"; exit; fi\n'
-        'while [ "$1" != -o ]; do shift; done\n'
-        f"out=$2\n{what}\n"
-    )
-    script.chmod(0o755)
-    return str(script)
-
-
-def _copy_library() -> str:
-    """Return the command that copies what the true compiler wrote before."""
-    return f'cp "{build.library_path()}" "$out"'
 
 
 @pytest.mark.parametrize(
@@ -97,7 +36,7 @@ def test_where_it_cannot_run_it_says_why(
     environment: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
     """In backends() and in the error of who asked for it by name; "auto" takes eager."""
-    found = _try(tmp_path, **environment)
+    found = try_native(tmp_path, **environment)
     assert found.chosen == "eager"
     assert found.why is not None
     assert found.asked is not None
@@ -107,68 +46,69 @@ def test_where_it_cannot_run_it_says_why(
 
 
 def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
-    """Its last lines; nothing is left in the cache."""
-    compiler = _compiler(tmp_path, "echo 'error: no such header' >&2; exit 3")
-    found = _try(tmp_path / "cache", CXX=compiler)
+    """Its last lines; only they are left in the cache."""
+    script = fake_compiler(tmp_path, "echo 'error: no such header' >&2; exit 3")
+    found = try_native(tmp_path / "cache", CXX=script)
     assert "ended with 3, saying\nerror: no such header" in str(found.why)
     assert found.chosen == "eager"
-    assert list((tmp_path / "cache").iterdir()) == []
+    (left,) = (tmp_path / "cache").iterdir()
+    assert left.suffix == ".failed"
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:
-    compiler = _compiler(tmp_path, 'echo "not a library" >"$out"')
-    found = _try(tmp_path / "cache", CXX=compiler)
+    script = fake_compiler(tmp_path, 'echo "not a library" >"$out"')
+    found = try_native(tmp_path / "cache", CXX=script)
     assert "could not load what it built" in str(found.why)
     assert "Delete" in str(found.why)
     assert found.chosen == "eager"
 
 
 def test_it_is_built_once_and_says_so_in_one_line(tmp_path: Path) -> None:
-    compiler = _compiler(tmp_path, _copy_library())
-    found = _try(tmp_path / "cache", CXX=compiler)
+    script = fake_compiler(tmp_path, copy_library())
+    found = try_native(tmp_path / "cache", CXX=script)
     assert found == Report(why=None, asked=None, chosen="native", said=found.said)
     assert len(found.said.splitlines()) == 1
     assert "Compiling the native kernel" in found.said
     (library,) = (tmp_path / "cache").iterdir()
-    again = _try(tmp_path / "cache", CXX=compiler)
+    again = try_native(tmp_path / "cache", CXX=script)
     assert again == Report(why=None, asked=None, chosen="native", said="")
     assert list((tmp_path / "cache").iterdir()) == [library]
 
 
 def test_a_killed_builder_is_in_nobodys_way(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    slow = _compiler(tmp_path, 'echo half >"$out"; sleep 600')
-    victim = _start(cache, CXX=slow)
+    slow = fake_compiler(tmp_path, 'echo half >"$out"; sleep 600')
+    victim = start_trying(cache, CXX=slow)
     while not list(cache.glob("building-*/*.so")):
         assert victim.process.is_alive()
         time.sleep(0.05)
     victim.kill()
-    found = _try(cache, CXX=_compiler(tmp_path, _copy_library()))
+    found = try_native(cache, CXX=fake_compiler(tmp_path, copy_library()))
     assert found.chosen == "native"
 
 
 def test_several_builders_at_once(tmp_path: Path) -> None:
-    compiler = _compiler(tmp_path, f"sleep 1; {_copy_library()}")
-    started = [_start(tmp_path / "cache", CXX=compiler) for _ in range(4)]
-    assert [_report(process).chosen for process in started] == ["native"] * 4
+    script = fake_compiler(tmp_path, f"sleep 1; {copy_library()}")
+    started = [start_trying(tmp_path / "cache", CXX=script) for _ in range(4)]
+    assert [report_of(process).chosen for process in started] == ["native"] * 4
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_eight_real_builders_at_once(tmp_path: Path) -> None:
-    started = [_start(tmp_path / "cache") for _ in range(8)]
-    assert [_report(process).chosen for process in started] == ["native"] * 8
+    started = [start_trying(tmp_path / "cache") for _ in range(8)]
+    assert [report_of(process).chosen for process in started] == ["native"] * 8
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.slow
 def test_a_real_builder_killed_in_the_middle(tmp_path: Path) -> None:
-    victim = _start(tmp_path / "cache")
+    victim = start_trying(tmp_path / "cache")
     while not list(tmp_path.glob("cache/building-*")):
         time.sleep(0.05)
     time.sleep(3)
     victim.kill()
-    assert _try(tmp_path / "cache").chosen == "native"
+    assert try_native(tmp_path / "cache").chosen == "native"
 
 
 def test_what_it_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +124,7 @@ def test_what_it_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(torch.cpu, "get_capabilities", lambda: {"sse": True})
         paths.append(build.library_path())
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_version", lambda compiler: "another compiler")
+        patch.setattr(compiler, "_version", lambda command: "another compiler")
         paths.append(build.library_path())
     assert len(set(paths)) == len(paths)
     assert build.library_path() == paths[0]

@@ -146,3 +146,29 @@ def test_every_command_has_help() -> None:
 
 def test_version_is_one() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", colonnade.__version__)
+
+
+def test_info_of_a_compiler_that_speaks_latin_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "compiler"
+    script.write_bytes("#!/bin/sh\necho 'g++ Gerät'\n".encode("latin-1"))
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert json.loads(succeed("info", "--json").stdout)["compiler"] == r"g++ Ger\xe4t"
+
+
+def test_info_build_tries_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It forgets the failures that are remembered, and nothing else."""
+    monkeypatch.setenv("COLONNADE_CACHE", str(tmp_path))
+    monkeypatch.setattr(colonnade, "backends", lambda build: {"native": None})
+    failed, library = tmp_path / "native-0.failed", tmp_path / "native-0.so"
+    for file in (failed, library):
+        file.touch()
+    succeed("info")
+    assert failed.exists()
+    succeed("info", "--build")
+    assert not failed.exists()
+    assert library.exists()
+    monkeypatch.setenv("COLONNADE_CACHE", "/dev/null/below")
+    succeed("info", "--build")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -305,3 +306,67 @@ def test_of_a_vision_language_model_the_decoder_changes_alone(text: str, tmp_pat
             model = load_it(tmp_path / times, dtype=torch.float64)
             check_half_the_digits(model(**inputs).logits, after)
             assert model.config.vision_config._attn_implementation != "colonnade"
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    "layers",
+    [
+        np.array([0, 2]),
+        torch.tensor([0, 2]),
+        (np.int8(2), torch.tensor(0, dtype=torch.int32)),
+        range(0, 3, 2),
+        {0, 2},
+        iter([2, 0, 2]),
+    ],
+    ids=lambda layers: type(layers).__name__,
+)
+def test_layers_are_integers_of_any_kind(layers: Any) -> None:
+    model = retrofit(dense_model("llama"), 8, 2, layers=layers)
+    expected = retrofit(dense_model("llama"), 8, 2, layers=[0, 2])
+    assert model.config.to_json_string() == expected.config.to_json_string()
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("layers", [[1.0], ["0"], [np.bool_(True)], [torch.tensor(True)], [None]])
+def test_layers_are_nothing_else(layers: Any) -> None:
+    with pytest.raises(TypeError, match="layers must be integers, got"):
+        retrofit(dense_model("llama"), 8, 2, layers=layers)
+    with pytest.raises(ValueError, match=r"layers=\[-1\]"):
+        retrofit(dense_model("llama"), 8, 2, layers=[np.int64(-1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cached", [False, True])
+def test_norms_of_queries_and_keys_may_be_in_float32(dtype: torch.dtype, cached: bool) -> None:
+    """As k-bit tuning keeps them: queries and keys come in float32, values in half precision."""
+    ids = prompts(2, 21)
+    model: Any = retrofit(dense_model("qwen3"), 8, 2)
+    model.to(dtype)
+    seen: list[torch.dtype] = []
+
+    def logits() -> torch.Tensor:
+        cache = FixedCache(model.config) if cached else None
+        first: torch.Tensor = model(ids[:, :20], past_key_values=cache, use_cache=cached).logits
+        if cache is None:
+            return first
+        seen.extend(t.dtype for layer in cache.layers for t in layer.kv._groups.stores[0].buffers)
+        return torch.cat([first, model(ids[:, 20:], past_key_values=cache).logits], 1)
+
+    with torch.no_grad():
+        half = logits()
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.float()
+            layer.self_attn.k_norm.float()
+        lifted = logits()
+    assert lifted.dtype == dtype
+    assert set(seen) <= {dtype}
+    # Norms in float32 round later than norms in half precision, and nothing else changes.
+    near = 16 * torch.finfo(dtype).eps * half.abs().max().item()
+    torch.testing.assert_close(lifted, half, rtol=0, atol=near)
+
+
+def test_other_mixtures_of_types_are_still_refused() -> None:
+    query, value = torch.randn(1, 2, 8, 4), torch.randn(1, 2, 8, 4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"must have one dtype.*query\.to\(value\.dtype\)"):
+        col.attention(query, query, value, col.FixedPattern(4, 1))

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-from colonnade.hf import byte_tokenizer
+from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -40,14 +42,80 @@ def test_any_text(text: str) -> None:
 
 
 def test_every_byte_has_one_id() -> None:
-    assert len(TOKENIZER) == 256
-    assert sorted(TOKENIZER.get_vocab().values()) == list(range(256))
+    assert TOKENIZER.vocab_size == 256
+    assert len(TOKENIZER) == 258
+    assert sorted(TOKENIZER.get_vocab().values()) == list(range(258))
 
 
 def test_padding_is_told_by_the_mask() -> None:
     batch = TOKENIZER(["ab", "abcd"], padding=True)
     assert batch["attention_mask"] == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert [len(ids) for ids in batch["input_ids"]] == [4, 4]
+
+
+def test_no_byte_is_special() -> None:
+    """Decoding keeps each, whatever is skipped, and collators mask the labels of none."""
+    for byte in (0x00, 0x0A, 0x80, 0xC0, 0xFE, 0xFF):
+        assert TOKENIZER.decode([byte], skip_special_tokens=True) == TOKENIZER.decode([byte])
+        assert TOKENIZER.decode([byte, 256, 257], skip_special_tokens=True)
+    assert not set(TOKENIZER.all_special_ids) & set(range(256))
+    every = {"input_ids": list(range(256)), "attention_mask": [1] * 256}
+    short = {"input_ids": [0xFF], "attention_mask": [1]}
+    batch = DataCollatorForLanguageModeling(TOKENIZER, mlm=False)([every, short])
+    assert batch["labels"][0].tolist() == list(range(256))
+    assert batch["labels"][1].tolist() == [0xFF] + [-100] * 255
+
+
+@pytest.mark.parametrize("text", ["", *AWKWARD])
+def test_an_end_token_can_be_appended(text: str) -> None:
+    """As a text, which is how trainers do it, and as an id; it is learnt, not masked."""
+    ids = TOKENIZER(text + TOKENIZER.eos_token)["input_ids"]
+    assert ids == [*text.encode(), TOKENIZER.eos_token_id]
+    assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
+    batch = DataCollatorForLanguageModeling(TOKENIZER, mlm=False)([{"input_ids": ids}])
+    assert batch["labels"][0].tolist() == ids
+
+
+def test_a_model_of_bytes_does_not_read_padding() -> None:
+    """So 256 rows are enough for padded batches, though the pad token has another id."""
+    config = SparseTransformerConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, stride=8, summary=2
+    )
+    model = SparseTransformerForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    for side in ("left", "right"):
+        batch = TOKENIZER(["ab", "abcd"], padding=True, padding_side=side, return_tensors="pt")
+        there = batch["attention_mask"][0].bool()
+        alone = model(**TOKENIZER("ab", return_tensors="pt")).logits
+        torch.testing.assert_close(model(**batch).logits[0, there], alone[0])
+        out = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        assert out.shape == (2, 7)
+
+
+def test_an_end_token_is_learnt_with_a_row_for_it() -> None:
+    config = SparseTransformerConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        stride=8,
+        summary=2,
+    )
+    model = SparseTransformerForCausalLM(config)
+    texts = [{"input_ids": TOKENIZER(t + TOKENIZER.eos_token)["input_ids"]} for t in ("a", "bcd")]
+    batch = DataCollatorForLanguageModeling(TOKENIZER, mlm=False)(texts)
+    model(**batch).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    assert model.lm_head.weight.grad[TOKENIZER.eos_token_id].abs().sum() > 0
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_the_file_alone_reads_the_same(text: str, tmp_path: Path) -> None:
+    """Without transformers, which has settings of its own for special tokens."""
+    TOKENIZER.save_pretrained(tmp_path)
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert plain.encode(text).ids == list(text.encode())
+    assert plain.decode(list(text.encode())) == text
 
 
 def test_saved_and_loaded_without_our_code(tmp_path: Path) -> None:

@@ -85,5 +85,5 @@ def in_order(parts: Sequence[Tensor], kv_heads: Sequence[Sequence[int]]) -> Tens
     if len(parts) == 1:
         return parts[0]
     grouped = [t.unflatten(1, (len(h), -1)) for t, h in zip(parts, kv_heads, strict=True)]
-    order = torch.tensor([head for heads in kv_heads for head in heads]).argsort()
+    order = torch.tensor([head for heads in kv_heads for head in heads], device="cpu").argsort()
     return torch.cat(grouped, 1).index_select(1, order.to(parts[0].device)).flatten(1, 2)

@@ -37,7 +37,9 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
         return out, lse
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
-    mask = _mask(call, q_len, kv_len, num_kv_heads).to(query.device)[:, :, None]
+    with torch.device("cpu"):  # Whatever the default device is.
+        mask = _mask(call, q_len, kv_len, num_kv_heads)
+    mask = mask.to(query.device)[:, :, None]
     grouped = query.unflatten(1, (num_kv_heads, -1)).to(compute)
     scores = grouped @ key[:, :, None].to(compute).mT * call.scale
     # A row that reads nothing has no softmax: it runs over zeros, and is set aside afterwards.
@@ -54,7 +56,7 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
     """[batch or 1, kv_heads, q_len or 1, kv_len], True where a query reads a key."""
     pattern, keys = call.pattern, call.keys
     if isinstance(keys, Seen):
-        every = torch.ones(1, num_kv_heads, 1, kv_len, dtype=torch.bool)
+        every = torch.ones(1, num_kv_heads, 1, kv_len, dtype=torch.bool, device="cpu")
         return every if keys.mask is None else keys.mask
     if isinstance(keys, Kept):
         assert isinstance(pattern, FixedPattern)

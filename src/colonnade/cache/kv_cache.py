@@ -375,7 +375,7 @@ class KVCache:
     def repeat(self, n: int) -> None:
         """Repeat each batch row n times, one after the other, as `repeat_interleave` does."""
         check_count("n", n, minimum=1)
-        self.select(torch.arange(len(self.seq_lens)).repeat_interleave(n))
+        self.select(torch.arange(len(self.seq_lens), device="cpu").repeat_interleave(n))
 
     def _check_index(self, index: Tensor) -> int:
         if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):

@@ -251,7 +251,7 @@ def _in_order(parts: list[Tensor], groups: list[RowGroup]) -> Tensor:
     """One batch of what was computed for groups of batch rows."""
     if len(parts) == 1:
         return parts[0]
-    order = torch.tensor([row for group in groups for row in group.rows]).argsort()
+    order = torch.tensor([row for group in groups for row in group.rows], device="cpu").argsort()
     return torch.cat(parts).index_select(0, order.to(parts[0].device))
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from colonnade.backends.native.build import forget_failures
 from colonnade.bench.memory import MASKED_LIMIT, masked_bytes, masked_fits
 from colonnade.bench.timing import Comparison, Sizes, ceiling, check, compare, contenders
 from colonnade.cli.common import (
@@ -133,7 +134,11 @@ def _print_times(
 @app.command()
 def info(
     build: Annotated[
-        bool, typer.Option("--build", help="Build the native kernel now, if it is not built yet.")
+        bool,
+        typer.Option(
+            "--build",
+            help="Build the native kernel now, if it is not built yet; also if that failed before.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -141,6 +146,8 @@ def info(
 
     Put it at the top of a bug report, or next to a measurement; it names no folders.
     """
+    if build:
+        forget_failures()
     found = collect(["torch", "jaxtyping", *EXTRAS, "typer", "rich"], build)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
@@ -172,7 +179,10 @@ def _info_lines(found: Info) -> list[tuple[str, str]]:
         ("instructions", " ".join(found.instructions) or "none known to torch"),
         ("kernels of torch", found.torch_kernels),
         ("threads of torch", f"{found.threads}, logical cores: {found.cores or 'unknown'}"),
-        ("C++ compiler", (found.compiler or "none found; CXX may name one") + headers),
+        (
+            "C++ compiler",
+            (found.compiler or "none found; CXX may name one") + headers,
+        ),
         *(("GPU", gpu) for gpu in gpus or ["none that torch can use"]),
         *((f"backend {name}", why or "usable here") for name, why in found.backends.items()),
     ]

@@ -120,7 +120,7 @@ def train(
         typer.Option(
             default_factory=has_compiler,
             show_default=False,
-            help="Compile the blocks with torch.compile. Default: if there is a compiler.",
+            help="Compile the blocks with torch.compile. Default: if that works here.",
         ),
     ],
     recompute: Annotated[
@@ -166,6 +166,8 @@ def train(
                 ),
             )
             run.check(*new)
+            if compile and _is_given(context, "compile") and (why := run.reason_not_compiled()):
+                raise ValueError(f"--compile does not work here: {why}. Use --no-compile.")
             folder.prepare_folder(out, overwrite)
     trainer = run.resume(out, typer.echo) if resume else run.start(*new, out, typer.echo)
     bits = trainer.state.log_history[-1]["eval_bits_per_byte"]
@@ -183,14 +185,18 @@ def _given(context: typer.Context, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: context.params[name] for name in names if context.params[name] is not None}
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter comes from the command line, and not from its default."""
+    # Every parameter of a running command has a source, whatever its type says.
+    return context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+
+
 def _refuse_other_options(context: typer.Context) -> None:
     """Refuse options besides --resume, which takes every setting from the run."""
-    # Every parameter of a running command has a source, whatever its type says.
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name not in ("out", "resume")
-        and context.get_parameter_source(parameter.name or "").name == "COMMANDLINE"  # type: ignore[union-attr]
+        if parameter.name not in ("out", "resume") and _is_given(context, parameter.name or "")
     ]
     if given:
         raise ValueError(

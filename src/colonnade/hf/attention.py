@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function, packed_sequence_mas
 from colonnade.backends.call import Seen
 from colonnade.backends.choice import run
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
-from colonnade.hf.cache import CacheOffset, FixedCache
+from colonnade.hf.cache import CacheOffset, FixedCache, in_type_of
 from colonnade.hf.settings import NAME, depends_on_head, of_layer, patterns_of
 from colonnade.ops.check import make_call
 from colonnade.ops.heads import Patterns, attention_in_groups, in_head_groups
@@ -188,6 +188,7 @@ def attention_function(
     """
     check_mask(attention_mask)
     assert attention_mask is not None
+    query, key = in_type_of(value, query), in_type_of(value, key)
     _check_call(module, is_causal, others)
     # Modules of transformers that attend have both.
     patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]

@@ -51,6 +51,16 @@ def check_cache(cache: Cache, model: nn.Module) -> None:
         )
 
 
+def in_type_of(value: Tensor, tensor: Tensor) -> Tensor:
+    """Return queries or keys that a norm in float32 has lifted, in the half precision of `value`.
+
+    Models with norms of queries and keys do that once their norms are kept in float32, as under
+    k-bit tuning; flash attention in transformers takes them in the type of the model too.
+    """
+    lifted = tensor.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(value.dtype) if lifted else tensor
+
+
 class CacheOffset(int):
     """The kv_offset of a `FixedCache`, which it carries along; 0 to everybody else."""
 
@@ -116,7 +126,7 @@ class FixedLayer(CacheLayerMixin):
         is_token: Bool[Tensor, "batch length"] | None = None,
     ) -> Entries:
         """Append positions, and return the entries that their queries may read."""
-        entries = self.kv.append(key_states, value_states, is_token)
+        entries = self.kv.append(in_type_of(value_states, key_states), value_states, is_token)
         self.seen += key_states.shape[2]
         self.is_initialized = True
         self.given = entries
@@ -265,7 +275,7 @@ class FixedCache(Cache):
                 f"attention_mask.shape={tuple(attention_mask.shape)} for {seen} positions in the "
                 f"cache and {length} new ones."
             )
-        kept = torch.tensor(self.layers[0].kv.seq_lens)
+        kept = torch.tensor(self.layers[0].kv.seq_lens, device="cpu")
         tokens = attention_mask[:, :seen].sum(1).long().cpu()
         if seen and not torch.equal(tokens, kept):
             raise ValueError(
@@ -338,7 +348,8 @@ class FixedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one after the other."""
-        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        rows = torch.arange(max(self.batch_size, 0), device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, in their order, by number or by a mask."""

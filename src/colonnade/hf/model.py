@@ -193,7 +193,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}.")
         if inputs_embeds is None:
-            inputs_embeds = self.embedding.token(input_ids)
+            assert input_ids is not None
+            inputs_embeds = self.embedding.token(_without_padding(input_ids, attention_mask))
         # A compiler cannot branch on contents.
         compiling = torch.compiler.is_compiling()
         if attention_mask is not None and attention_mask.ndim == 2 and not compiling:
@@ -242,6 +243,16 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
                 f"{int(position_ids.min())} to {int(position_ids.max())} "
                 f"and max_position_embeddings={limit}."
             )
+
+
+def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Put token 0 where padding is: a pad token may have an id for which there is no embedding."""
+    batch, length = input_ids.shape
+    if attention_mask is None or attention_mask.ndim != 2:
+        return input_ids
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        return input_ids
+    return input_ids.masked_fill(attention_mask[:, attention_mask.shape[1] - length :] == 0, 0)
 
 
 def _restart(position_ids: Tensor | None) -> bool:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from colonnade.hf.checkpoint import write_name
 from colonnade.hf.settings import NAME
-from colonnade.pattern import FixedPattern, check_count
+from colonnade.pattern import FixedPattern
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -36,7 +39,7 @@ def retrofit(
     stride: int,
     summary: int,
     subblocks: int = 1,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[SupportsIndex] | None = None,
 ) -> Model:
     """Give layers of a loaded causal model the pattern S_i = A1_i ∪ A2_i; see `FixedPattern`.
 
@@ -52,8 +55,8 @@ def retrofit(
         summary: Number c of columns of every block that all later positions read.
         subblocks: Number of sub-blocks; key/value head h reads the summary columns of sub-block
             h mod subblocks.
-        layers: Indices of the layers that get the pattern; the others still read everything,
-            through the same attention function. All layers if None.
+        layers: Indices of the layers that get the pattern, integers of any kind; the others still
+            read everything, through the same attention function. All layers if None.
 
     Returns:
         `model`.
@@ -75,14 +78,12 @@ def retrofit(
     config = model.config.get_text_config(decoder=True)
     _check_model(model, config)
     every = range(config.num_hidden_layers)
-    chosen = every if layers is None else layers
-    for layer in chosen:
-        check_count("layers", layer, minimum=0)
-        if layer not in every:
-            raise ValueError(
-                f"layers must be in [0, num_hidden_layers), got layers={list(chosen)} and "
-                f"num_hidden_layers={len(every)}."
-            )
+    chosen = list(every) if layers is None else [_layer_index(layer) for layer in layers]
+    if any(layer not in every for layer in chosen):
+        raise ValueError(
+            f"layers must be in [0, num_hidden_layers), got layers={chosen} and "
+            f"num_hidden_layers={len(every)}."
+        )
     dense = [layer for layer in every if layer not in chosen]
     _write_settings(config, stride, summary, subblocks, dense)
     inside = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
@@ -91,6 +92,14 @@ def retrofit(
     # An adapter that is trained on this model must not name the dense checkpoint as its base.
     model.name_or_path = ""
     return model
+
+
+def _layer_index(layer: SupportsIndex) -> int:
+    """Return an integer of Python, NumPy or PyTorch as an int; a bool is none."""
+    if not isinstance(layer, bool) and getattr(layer, "dtype", None) != torch.bool:
+        with suppress(TypeError):
+            return operator.index(layer)
+    raise TypeError(f"layers must be integers, got {layer!r} in layers.")
 
 
 def _write_settings(

@@ -1,4 +1,4 @@
-"""A tokenizer for bytes: 256 ids, each the value of its byte."""
+"""A tokenizer for bytes: 256 ids, each the value of its byte, and two that are no byte."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-PAD_BYTE = 0xFF
-"""A byte that no UTF-8 text contains. It fills padding; the attention mask says where that is."""
+END_TOKEN, PAD_TOKEN = "\ufdd0end", "\ufdd0pad"
+"""U+FDD0 is a noncharacter, which Unicode keeps out of texts that are passed on."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer whose ids are the bytes of the text in UTF-8.
 
+    No byte is special. The end token, for trainers that append one, has id 256, and the pad token
+    257, so a model that is to read them needs `vocab_size=len(tokenizer)`. The Sparse Transformer
+    does not read padding, and without end tokens it needs 256 only.
+
     A checkpoint stores it as data, which AutoTokenizer loads without this package. No part of a
-    text is read as a special token.
+    text is read as a special token, but for these two, which begin with a noncharacter of Unicode.
     """
-    symbols = bytes_to_unicode()
-    vocab = {symbols[byte]: byte for byte in range(256)}
+    vocab = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_TOKEN, PAD_TOKEN])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=symbols[PAD_BYTE],
-        split_special_tokens=True,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )

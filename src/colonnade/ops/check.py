@@ -47,7 +47,8 @@ def check_together(query: Tensor, key: Tensor, value: Tensor, layout: str) -> No
             raise ValueError(f"{name} must be {layout}, got {name}.shape={tuple(tensor.shape)}.")
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(
-            f"query, key and value must have one dtype, got {_of('dtype', query, key, value)}."
+            f"query, key and value must have one dtype, got {_of('dtype', query, key, value)}. "
+            "Convert them, for example with query.to(value.dtype)."
         )
     if not query.device == key.device == value.device:
         raise ValueError(

@@ -89,7 +89,7 @@ def _attend_heads(
             key, value = key[:, :, span.start : span.stop], value[:, :, span.start : span.stop]
         return run(query, key, value, call, backend)
     if is_token is None:
-        is_token = torch.ones(query.shape[0], q_len, dtype=torch.bool)
+        is_token = torch.ones(query.shape[0], q_len, dtype=torch.bool, device="cpu")
     is_token = is_token.to(query.device)
     if q_len == 1:
         mask = _last_mask(kept, query.shape[0], key) & is_token[:, None, None]
@@ -138,7 +138,7 @@ def _last_mask(kept: KeptHeads, batch: int, key: Key) -> Bool[Tensor, "batch kv_
     """Mark the entries that each batch row's last position reads."""
     of_row = {row: group for group in kept.rows for row in group.rows}
     ends, begins = (
-        torch.tensor(numbers, dtype=torch.long)
+        torch.tensor(numbers, dtype=torch.long, device="cpu")
         for numbers in (
             [of_row[row].seq_len + of_row[row].num_new for row in range(batch)],
             [of_row[row].begin for row in range(batch)],

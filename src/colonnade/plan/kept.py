@@ -183,17 +183,18 @@ def begin_of_shorter(pattern: Pattern, row: Lengths, seq_len: int) -> int | None
 def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gather:
     """Positions of the summaries of the blocks from `begin` to `end`, counted from `begin`."""
     if not isinstance(pattern, FixedPattern) or pattern.part == "local":
-        return torch.zeros(num_kv_heads, 0, dtype=torch.long)
+        return torch.zeros(num_kv_heads, 0, dtype=torch.long, device="cpu")
     columns = [pattern.summary_columns(head) for head in range(num_kv_heads)]
-    of_block = torch.stack([torch.arange(c.start, c.stop) for c in columns])
-    return (torch.arange(0, end - begin, pattern.stride)[:, None] + of_block[:, None]).flatten(1)
+    of_block = torch.stack([torch.arange(c.start, c.stop, device="cpu") for c in columns])
+    first = torch.arange(0, end - begin, pattern.stride, device="cpu")
+    return (first[:, None] + of_block[:, None]).flatten(1)
 
 
 def kept_positions(pattern: FixedPattern, seq_len: int, reduced: int, head: int) -> Positions:
     """The positions that a key head keeps when its first `reduced` blocks are summaries only."""
     begin = reduced * pattern.stride
     slots = new_slots(pattern, 0, begin, head + 1)[head]
-    return torch.cat([slots, torch.arange(begin, seq_len)])
+    return torch.cat([slots, torch.arange(begin, seq_len, device="cpu")])
 
 
 def last_reads(
@@ -208,7 +209,7 @@ def last_reads(
         width: Number of entries.
         num_kv_heads: Number of key heads.
     """
-    entry = torch.arange(width)
+    entry = torch.arange(width, device=begin.device)
     slots = num_slots(pattern, begin)[:, None]
     query, key = seq_len[:, None] - 1, begin[:, None] + entry - slots
     of_tail = [pattern.reads(query, key, head) for head in range(num_kv_heads)]

@@ -60,7 +60,8 @@ class Plan:
         """Draw the plan as a dense mask [kv_heads, q_len, kv_len]: slow, to look at and to test."""
         num_kv_heads = self.gather.shape[0]
         rows = table_rows(self.table)
-        mask = torch.zeros(num_kv_heads, rows[-1].q_end if rows else 0, kv_len, dtype=torch.bool)
+        q_len = rows[-1].q_end if rows else 0
+        mask = torch.zeros(num_kv_heads, q_len, kv_len, dtype=torch.bool, device="cpu")
         for head, (gather, shift) in enumerate(
             zip(self.gather.tolist(), self.shift.tolist(), strict=True)
         ):

@@ -199,6 +199,6 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
             for start, stop, shift in self._stream[first : last + 1].tolist()
         ]
         input_ids = torch.from_numpy(np.concatenate(excerpts)).long()
-        position_ids = torch.cat([torch.arange(len(excerpt)) for excerpt in excerpts])
+        position_ids = torch.cat([torch.arange(len(excerpt), device="cpu") for excerpt in excerpts])
         labels = input_ids.masked_fill(position_ids == 0, IGNORED_LABEL)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

@@ -114,7 +114,7 @@ def _score(model: PreTrainedModel, data: Bytes, batch: list[Window]) -> tuple[in
     tokens = torch.from_numpy(np.stack(texts)).long().to(model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     nats: Tensor = functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
-    position = torch.arange(1, tokens.shape[1])
+    position = torch.arange(1, tokens.shape[1], device="cpu")
     scored = torch.stack([position >= w.score_from - w.begin for w in batch]).to(model.device)
     return int(scored.sum()), float(nats.double()[scored].sum()) / math.log(2)
 

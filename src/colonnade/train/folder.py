@@ -37,6 +37,8 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(checkpoint)
         for weights in folder.glob("*.safetensors"):
             weights.unlink()
+        # Last: what is left when this is interrupted is still a run, and not taken for empty.
+        (folder / SETTINGS_FILE).unlink()
     tempfile.TemporaryFile(dir=folder).close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -94,7 +95,7 @@ def start(
     """
     started = time.monotonic()
     corpus = settings.corpus()
-    settings = replace(settings, num_bytes=len(corpus))
+    settings = _compiled_if_possible(replace(settings, num_bytes=len(corpus)), say)
     model = _model(config, settings)
     say(f"{model.num_parameters():,} parameters; {len(corpus):,} bytes of {corpus.name}")
     if settings.steps == 0:
@@ -106,9 +107,8 @@ def start(
             f"the {settings.minutes:g} minutes"
         )
         settings = replace(settings, steps=steps)
-    settings.save(folder)
-    config.save_pretrained(folder)
-    return _finish(model, corpus, settings, folder)
+    saver = _SettingsSaver(config, settings, folder)
+    return _finish(model, corpus, settings, folder, callbacks=[saver])
 
 
 def resume(folder: Path, say: Callable[[str], None] = print) -> BitsTrainer:
@@ -117,12 +117,35 @@ def resume(folder: Path, say: Callable[[str], None] = print) -> BitsTrainer:
     Raises:
         ValueError: There is no run or no checkpoint, or the data has changed.
     """
-    settings = RunSettings.load(folder)
+    settings = _compiled_if_possible(RunSettings.load(folder), say)
     corpus = settings.corpus()
     checkpoint = last_checkpoint(folder)
     say(f"resuming from {checkpoint}")
     model = _model(SparseTransformerConfig.from_pretrained(folder), settings)
     return _finish(model, corpus, settings, folder, str(checkpoint))
+
+
+@functools.cache
+def reason_not_compiled() -> str | None:
+    """Return why torch.compile does not work here, in one line; None: it does. It is tried out."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
+    except (RuntimeError, OSError, ValueError) as error:  # Of PyTorch, of files, of encodings.
+        cause = getattr(error, "inner_exception", error)
+        lines = str(cause).strip().splitlines()[:1]
+        if output := getattr(cause, "output", ""):  # Of a C++ compiler.
+            lines = output.strip().splitlines()[-1:]
+        return lines[0] if lines else type(cause).__name__
+    return None
+
+
+def _compiled_if_possible(settings: RunSettings, say: Callable[[str], None]) -> RunSettings:
+    """Return the settings, without compiling where that does not work; say so in one line."""
+    if settings.compile and (reason := reason_not_compiled()):
+        say(f"not compiled, for torch.compile does not work here: {reason}")
+        return replace(settings, compile=False)
+    return settings
 
 
 def _model(config: SparseTransformerConfig, settings: RunSettings) -> SparseTransformerForCausalLM:
@@ -163,6 +186,24 @@ def _seconds_per_step(
     return (clock.ends[-1] - clock.ends[WARM_UP_STEPS - 1]) / TIMED_STEPS
 
 
+class _SettingsSaver(TrainerCallback):
+    """Writes the settings after the first step, so that a run which fails before leaves nothing."""
+
+    def __init__(
+        self, config: SparseTransformerConfig, settings: RunSettings, folder: Path
+    ) -> None:
+        self.config = config
+        self.settings = settings
+        self.folder = folder
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step == 1:
+            self.config.save_pretrained(self.folder)
+            self.settings.save(self.folder)
+
+
 class _StepClock(TrainerCallback):
     """Records when each step ends, in seconds."""
 
@@ -181,6 +222,7 @@ def _finish(
     settings: RunSettings,
     folder: Path,
     checkpoint: str | None = None,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> BitsTrainer:
     """Train to the last step, from a checkpoint if there is one, and save model and tokenizer."""
     trainer = _make_trainer(
@@ -191,6 +233,7 @@ def _finish(
         logging_steps=max(1, settings.steps // 50),
         save_steps=max(1, settings.steps // 5),
         eval_dataset=settings.validation_windows(corpus, model.config.max_position_embeddings),
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate()

@@ -104,7 +104,7 @@ def _put(tensor: Tensor, begins: list[int], rows: Tensor) -> None:
 
 
 def _positions(begins: list[int], length: int) -> Tensor:
-    return torch.tensor(begins)[:, None] + torch.arange(length)
+    return torch.tensor(begins, device="cpu")[:, None] + torch.arange(length, device="cpu")
 
 
 class _Operands:

@@ -87,7 +87,7 @@ def _by_tiles(query: Query, key: Key, value: Value, scale: float, pattern: FullP
     """Compute the last queries of a longer sequence, some at a time under a mask of their own."""
     compute = torch.promote_types(query.dtype, torch.float32)
     key, value = key.to(compute), value.to(compute)
-    position = torch.arange(key.shape[2])
+    position = torch.arange(key.shape[2], device="cpu")
     outs = []
     for q, at in zip(
         query.split(MASKED_TILE, 2), position[-query.shape[2] :].split(MASKED_TILE), strict=True

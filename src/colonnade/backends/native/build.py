@@ -1,8 +1,9 @@
 """Build the C++ of this folder once, keep it, and load it.
 
-The compiler is called directly: one file, no lock that a killed builder could leave behind. What
-it wrote under a temporary name becomes the library in one step, so that a library is whole or not
-there, and several builders at once do no harm. Its name is a hash of everything that it depends on.
+There is no lock that a killed builder could leave behind. What the compiler wrote under a temporary
+name becomes the library in one step, so that a library is whole or not there, and several builders
+at once do no harm. Its name is a hash of everything that it depends on. A failure is kept beside it
+under the same hash, so that the next process neither compiles in vain nor warns again.
 """
 
 from __future__ import annotations
@@ -11,27 +12,36 @@ import functools
 import hashlib
 import logging
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from colonnade.backends.native.compiler import (
+    FOR_PROCESSOR,
+    FOR_THREADS,
+    STANDARD,
+    BuildError,
+    compile_library,
+    find_compiler,
+    flags,
+    identity,
+)
+
 SOURCES = Path(__file__).with_name("csrc")
-MAIN = SOURCES / "library.cpp"
-MINUTES = 10
-"""After so long a compiler counts as hanging; it needs about a quarter of one."""
+MAIN = "library.cpp"
+FAILED = ".failed"
+"""Suffix of the files that remember a reason."""
+SWITCH = {"": True, "1": True, "true": True, "yes": True, "on": True}
+SWITCH |= {"0": False, "false": False, "no": False, "off": False}
+"""Values of COLONNADE_NATIVE, in any case."""
 
 log = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()
-
-
-class BuildError(Exception):
-    """There is no library; the text is a clause that may follow the backend's name."""
 
 
 def reason_unusable(build: bool = True) -> str | None:
@@ -40,61 +50,119 @@ def reason_unusable(build: bool = True) -> str | None:
     They are built at the first call, unless `build` is False. The answer stays what it is then.
     """
     with _one_at_a_time:
-        if not build and not _is_built():
+        if not build and not _is_settled():
             return "is not built yet: its first use builds it, or colonnade info --build"
         return _load()
 
 
-def _is_built() -> bool:
-    """Whether there is nothing to be built: it is in the cache, or cannot be."""
-    if os.environ.get("COLONNADE_NATIVE") == "0":
-        return True
+def forget_failures() -> None:
+    """Forget the reasons that earlier processes met, so that they are tried and told again."""
+    with suppress(BuildError, OSError):
+        for file in cache_folder().glob(f"native-*{FAILED}"):
+            file.unlink(missing_ok=True)
+
+
+def _is_settled() -> bool:
+    """Whether there is nothing to be built: it is in the cache, failed before, or cannot be."""
     try:
-        return library_path().exists()
+        if not _switched_on():
+            return True
+        path = library_path()
+        with _one_error("cannot look for what it built"):
+            return path.exists() or _failed_before(path) is not None
     except BuildError:
         return True
 
 
 @functools.cache
 def _load() -> str | None:
-    if os.environ.get("COLONNADE_NATIVE") == "0":
-        return "is switched off by COLONNADE_NATIVE=0"
     try:
+        if not _switched_on():
+            return f"is switched off by COLONNADE_NATIVE={os.environ['COLONNADE_NATIVE']}"
         path = library_path()
-        if not path.exists():
+        with _one_error("cannot look for what it built"):
+            built = path.exists()
+        if not built:
+            if reason := _failed_before(path):
+                return f"{reason}\n(met before; colonnade info --build tries again)"
             build(path)
-        torch.ops.load_library(path)
+        with _one_error(
+            f"could not load what it built. Delete {path} to build it again, or set "
+            "COLONNADE_CACHE to a folder whose files may be loaded"
+        ):
+            torch.ops.load_library(path)
     except BuildError as error:
+        _tell_once(str(error), path if error.lasting else None)
         return str(error)
-    except OSError as error:
-        return f"could not load what it built: {error}. Delete {path} to build it again"
     return None
 
 
+@contextmanager
+def _one_error(doing: str) -> Iterator[None]:
+    """Turn whatever files, folders, names and locales give rise to into a BuildError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BuildError(f"{doing}: {error}") from error
+
+
+def _switched_on() -> bool:
+    value = os.environ.get("COLONNADE_NATIVE", "")
+    if value.strip().lower() not in SWITCH:
+        raise BuildError(f"COLONNADE_NATIVE must be 0 or 1, got COLONNADE_NATIVE={value!r}")
+    return SWITCH[value.strip().lower()]
+
+
+@_one_error("cannot work out where its library belongs")
 def library_path() -> Path:
     """Return where the library belongs; its name tells source, torch, compiler, flags, processor.
 
     Raises:
-        BuildError: There is no compiler.
+        BuildError: There is no compiler, no C++ or no folder.
     """
-    compiler = _compiler()
     depends_on = [
-        *(f"{file.name}\n{file.read_text()}" for file in sorted(SOURCES.iterdir())),
+        *_sources(),
         torch.__version__,
         str(torch.version.git_version),
-        _version(compiler),
-        *_flags(),
+        *identity(find_compiler()),
+        *(str(options) for options in (STANDARD, FOR_PROCESSOR, FOR_THREADS)),
+        *flags(),
         *(f"{name}={has}" for name, has in sorted(torch.cpu.get_capabilities().items())),
     ]
-    name = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:16]
-    return cache_folder() / f"native-{name}.so"
+    return cache_folder() / f"native-{_hash(depends_on)}.so"
 
 
+def _sources() -> list[str]:
+    """Return name and contents of each file of C++; whatever else lies there is nothing to us."""
+    if not (SOURCES / MAIN).is_file():
+        raise BuildError(
+            f"needs its C++, and {SOURCES / MAIN} is not there; install colonnade again, or let "
+            "what packs your application take the package's data files along"
+        )
+    ours = [
+        file
+        for file in sorted(SOURCES.iterdir())
+        if file.suffix in (".cpp", ".h") and not file.name.startswith(".") and file.is_file()
+    ]
+    return [f"{file.name}\n{file.read_text('utf-8', 'surrogateescape')}" for file in ours]
+
+
+def _hash(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+@_one_error("has no folder for its library; set COLONNADE_CACHE to one that can be written")
 def cache_folder() -> Path:
-    """COLONNADE_CACHE, or colonnade in the user's folder for caches."""
+    """COLONNADE_CACHE, or colonnade in the user's folder for caches.
+
+    Raises:
+        BuildError: There is no home, or none of the user that ~ names.
+    """
     if named := os.environ.get("COLONNADE_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colonnade"
+        return Path(named).expanduser()
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "colonnade"
+    )
 
 
 def build(path: Path) -> None:
@@ -104,74 +172,46 @@ def build(path: Path) -> None:
         BuildError: The compiler fails or hangs, or the folder cannot be written.
     """
     started = time.monotonic()
-    log.warning("Compiling the native kernel to %s, once; this takes about 20 seconds.", path)
-    try:
+    with _one_error(
+        f"could not be built in {path.parent}. Set COLONNADE_CACHE to a folder that can be written"
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder of its own: what a killed builder leaves behind is in nobody's way.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix="building-", ignore_cleanup_errors=True
+        ) as folder:
+            log.warning("Compiling the native kernel to %s, once; it takes 20 seconds.", path)
             unfinished = Path(folder, path.name)
-            command = [_compiler(), *_flags(), str(MAIN), "-o", str(unfinished), *_libraries()]
-            _run(command)
+            compile_library(SOURCES / MAIN, unfinished)
             unfinished.replace(path)
-    except OSError as error:
-        raise BuildError(
-            f"could not be built in {path.parent}: {error.strerror}. "
-            "Set COLONNADE_CACHE to a folder that can be written"
-        ) from error
     log.info("Compiled in %.0f seconds.", time.monotonic() - started)
 
 
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"could not be built: {command[0]} ran {MINUTES} minutes") from error
-    if done.returncode != 0:
-        last = "\n".join(done.stderr.splitlines()[-5:])
-        raise BuildError(
-            f"could not be built: {command[0]} ended with {done.returncode}, saying\n{last}"
-        )
+def _failed_before(path: Path) -> str | None:
+    """Return the reason why an earlier process could not build what belongs at `path`, if any."""
+    with suppress(OSError):
+        return path.with_suffix(FAILED).read_text("ascii", "backslashreplace") or None
+    return None
 
 
-def _compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise BuildError(
-        f"needs a C++ compiler, and there is none by the name of {' or '.join(names)}; "
-        "install g++ or clang, or set CXX"
+def _tell_once(reason: str, path: Path | None) -> None:
+    """Warn that there is no native backend, and remember it, so that it is not said again.
+
+    Where nothing can be remembered, every process says it.
+
+    Args:
+        reason: The reason, which is kept under its own hash,
+        path: or under that of the library that is not to be built again.
+    """
+    with suppress(BuildError, OSError):
+        if path is None:
+            path = cache_folder() / f"native-{_hash([reason])}"
+            if path.with_suffix(FAILED).exists():
+                return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(FAILED).write_text(reason, "ascii", "backslashreplace")
+    log.warning(
+        "Backend 'native' %s.\nBackend 'eager' runs instead, which is slower. This is said once; "
+        "colonnade info says it again, and colonnade info --build tries again.",
+        reason,
     )
-
-
-@functools.cache
-def _version(compiler: str) -> str:
-    try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"needs a C++ compiler, and {compiler} does not run: {error}") from error
-    return done.stdout
-
-
-def _flags() -> list[str]:
-    # The macros choose the vectors of PyTorch's headers; without OpenMP its loops are serial.
-    capability = torch.backends.cpu.get_cpu_capability()
-    include = Path(torch.__file__).with_name("include")
-    return [
-        "-std=c++20",
-        "-O3",
-        "-march=native",
-        "-fopenmp",
-        "-fPIC",
-        "-shared",
-        f"-DCPU_CAPABILITY={capability}",
-        f"-DCPU_CAPABILITY_{capability}",
-        f"-I{include}",
-        *os.environ.get("COLONNADE_CXXFLAGS", "").split(),
-    ]
-
-
-def _libraries() -> list[str]:
-    if sys.platform == "darwin":
-        return ["-undefined", "dynamic_lookup"]
-    return [f"-L{Path(torch.__file__).with_name('lib')}", "-lc10", "-ltorch_cpu"]
