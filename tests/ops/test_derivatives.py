@@ -26,8 +26,11 @@ from colonnade import (
     explain,
 )
 
-# PyTorch's own: forward mode imports a module that uses torch.jit.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.plain,
+    # PyTorch's own: forward mode imports a module that uses torch.jit.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
 
 PATTERNS: tuple[Pattern, ...] = (
     FixedPattern(4, 1),
@@ -214,7 +217,6 @@ def test_mapping_draws_as_it_is_told_to(pattern: Pattern, randomness: str) -> No
     assert all(torch.equal(first, other) == (randomness == "same") for other in others)
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: _forward_mode(f, x)])
 def test_compiled_transformations_are_right(transform: Callable[[Function], Function]) -> None:
     x = _x()

@@ -7,6 +7,7 @@ an arbitrary connectivity S. Time and memory grow like q_len · kv_len.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
         return out, lse
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
-    with torch.device("cpu"):  # Whatever the default device is.
+    # Whatever the default device is; a compiler cannot enter another one.
+    with nullcontext() if torch.compiler.is_compiling() else torch.device("cpu"):
         mask = _mask(call, q_len, kv_len, num_kv_heads)
     mask = mask.to(query.device)[:, :, None]
     grouped = query.unflatten(1, (num_kv_heads, -1)).to(compute)

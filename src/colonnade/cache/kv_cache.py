@@ -13,7 +13,7 @@ from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.cache.groups import Groups
 from colonnade.cache.store import KeysAndValues, pad
 from colonnade.ops.check import check_tensors, check_together, make_call
-from colonnade.ops.heads import Patterns, check_patterns, join_heads
+from colonnade.ops.heads import Patterns, check_patterns, depends_on_head, join_heads
 from colonnade.ops.kept import Layout, attend_kept
 from colonnade.pattern import FullPattern, StridedPattern, check_count
 from colonnade.plan.kept import evicted, num_kept
@@ -268,11 +268,13 @@ class KVCache:
                 f"query must be those of the {layout.q_len} positions that were appended, got "
                 f"query.shape={tuple(query.shape)}."
             )
-        of_append = layout.groups[-1].heads.stop, max(group.width for group in layout.groups)
-        if k.shape[1:3] != of_append:
+        kv_heads, entries = layout.groups[-1].heads.stop, max(g.width for g in layout.groups)
+        if not depends_on_head(self.pattern):  # Then they may be repeated, for example.
+            kv_heads = k.shape[1]
+        if k.shape[1:3] != (kv_heads, entries):
             raise ValueError(
                 "keys and values must be those that append returned, [batch, kv_heads, entries] = "
-                f"{(k.shape[0], *of_append)}, got {tuple(k.shape[:3])}."
+                f"{(k.shape[0], kv_heads, entries)}, got {tuple(k.shape[:3])}."
             )
         pairs = [KeysAndValues(k, v)]
         if len(layout.groups) > 1:

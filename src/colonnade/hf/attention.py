@@ -22,9 +22,9 @@ from colonnade.backends.call import Seen
 from colonnade.backends.choice import run
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.hf.cache import CacheOffset, FixedCache, in_type_of
-from colonnade.hf.settings import NAME, depends_on_head, of_layer, patterns_of
+from colonnade.hf.settings import NAME, of_layer, patterns_of
 from colonnade.ops.check import make_call
-from colonnade.ops.heads import Patterns, attention_in_groups, in_head_groups
+from colonnade.ops.heads import Patterns, attention_in_groups, depends_on_head, in_head_groups
 from colonnade.ops.kept import mask_of_positions
 from colonnade.ops.packing import Packing
 from colonnade.pattern import Pattern

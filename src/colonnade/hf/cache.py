@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from colonnade.cache import Entries, KVCache
-from colonnade.hf.settings import NAME, depends_on_head, patterns_of
-from colonnade.ops.heads import Patterns
+from colonnade.hf.settings import NAME, patterns_of
+from colonnade.ops.heads import Patterns, depends_on_head
 from colonnade.shapes import Key, Output, Query, Value
 
 # Earlier releases of transformers have only one kind.

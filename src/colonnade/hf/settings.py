@@ -31,13 +31,6 @@ def has_settings(config: PreTrainedConfig) -> bool:
     return getattr(of_layer(config, 0), "colonnade_stride", None) is not None
 
 
-def depends_on_head(patterns: Patterns) -> bool:
-    """Whether the number of a key head says what it reads."""
-    if isinstance(patterns, tuple):
-        return len(patterns) > 1 or depends_on_head(patterns[0])
-    return getattr(patterns, "subblocks", 1) > 1
-
-
 def patterns_of(config: PreTrainedConfig, layer_idx: int) -> Patterns:
     """Return the pattern that layer `layer_idx` of a model reads, or one for each head group.
 

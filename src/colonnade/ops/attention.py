@@ -69,6 +69,8 @@ def attention(
     of attention over the whole [kv_len, kv_len] pattern. Query head h reads key head
     h // (heads // kv_heads), and that key head's sub-block. A query that reads nothing gives 0,
     a log-sum-exp of -inf, and gradients of 0. Half-precision inputs are computed in float32.
+    There are first derivatives in reverse mode; backend "reference" has those of every order, and
+    in forward mode "auto" takes it.
 
     Args:
         query: [batch, heads, q_len, qk_dim]; float64, float32, bfloat16 or float16.
@@ -93,7 +95,8 @@ def attention(
     Raises:
         TypeError: An argument of the wrong type, or inputs of different types.
         ValueError: Shapes that do not fit, or an unknown backend.
-        NotImplementedError: The named backend does not take these inputs.
+        NotImplementedError: The named backend does not take these inputs; or, when it is asked for,
+            a derivative of second order.
 
     Source: Child et al. 2019, arXiv:1904.10509, section 4.
     """

@@ -17,6 +17,13 @@ Patterns: TypeAlias = Pattern | tuple[Pattern, ...]
 """One pattern for all heads, or one for each of several head groups."""
 
 
+def depends_on_head(patterns: Patterns) -> bool:
+    """Whether the number of a key head says what it reads."""
+    if isinstance(patterns, tuple):
+        return len(patterns) > 1 or depends_on_head(patterns[0])
+    return getattr(patterns, "subblocks", 1) > 1
+
+
 class HeadGroup(NamedTuple):
     """Key heads first … stop - 1, which read one pattern."""
 
