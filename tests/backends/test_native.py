@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import colonnade
 from colonnade import FixedPattern, attention
-from colonnade.backends.call import Whole
-from colonnade.backends.planning import PlanOptions
 from tests.cases import (
     PARTS,
     Case,
@@ -255,7 +253,7 @@ def test_the_operations_keep_the_compilers_rules(part: Any) -> None:
     case = Case(FixedPattern(4, 1, part=part), q_len=11)
     inputs = case.inputs(torch.float32)
     assert isinstance(case.pattern, FixedPattern)
-    last = (*PlanOptions.of(case.pattern, Whole()), 0.7)
+    last = (*astuple(case.pattern), 0, None, 0.7)
     forward, backward = torch.ops.colonnade.native_forward, torch.ops.colonnade.native_backward
     torch.library.opcheck(forward.default, (*inputs.leaves(), *last))
     results = forward(*inputs[:3], *last)

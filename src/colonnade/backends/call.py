@@ -13,8 +13,12 @@ from colonnade.pattern import HasMask
 from colonnade.shapes import CuSeqlens, SeenMask
 
 
-class Whole(NamedTuple):
+@dataclass(frozen=True)
+class Whole:
     """Every position has its key, and the queries are the last positions."""
+
+    reduced = 0
+    cu_seqlens = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +31,11 @@ class Packed:
     """
 
     cu_seqlens: CuSeqlens
+    reduced = 0
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """The keys hold only the summaries of the leading blocks, as in a cache.
 
     The pattern is a causal FixedPattern, and the queries are the last positions, behind these
@@ -38,6 +44,7 @@ class Kept(NamedTuple):
 
     reduced: int
     """Number of leading blocks of which the keys hold only the summary columns."""
+    cu_seqlens = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from colonnade.backends.call import Kept, Keys, Packed
 from colonnade.backends.documents import Documents, documents_of
 from colonnade.pattern import FixedPattern, Part
 from colonnade.plan.table import Plan, fixed_plan, packed_plan
@@ -28,14 +27,6 @@ class PlanOptions(NamedTuple):
     """Number of leading blocks of which the keys hold only the summary columns."""
     cu_seqlens: Tensor | None
     """Where documents end, if some are packed together."""
-
-    @classmethod
-    def of(cls, pattern: FixedPattern, keys: Keys) -> PlanOptions:
-        """Take apart a pattern and which keys there are."""
-        reduced = keys.reduced if isinstance(keys, Kept) else 0
-        cu_seqlens = keys.cu_seqlens if isinstance(keys, Packed) else None
-        p = pattern
-        return cls(p.stride, p.summary, p.subblocks, p.part, p.causal, reduced, cu_seqlens)
 
     @property
     def pattern(self) -> FixedPattern:

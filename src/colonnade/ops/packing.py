@@ -9,7 +9,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.tracing.memo import is_tracing, remembered
+from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.operation import is_tracing
 from colonnade.shapes import CuSeqlens, Positions
 
 

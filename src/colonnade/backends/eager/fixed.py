@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from colonnade.backends.call import Call, in_order, only_heads
+from colonnade.backends.call import Call, Seen, in_order, only_heads
 from colonnade.backends.eager.dropout import Dropout, draw_seeds
 from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
 from colonnade.backends.tracing.memo import remembered
@@ -31,8 +31,10 @@ def attend(
     """softmax(scale · q kᵀ) v over what a fixed pattern reads, and the log of its denominator."""
     groups = len(heads_by_plan(pattern, key.shape[1]))
     seeds = draw_seeds(call.dropout_p, groups)
-    options = PlanOptions.of(pattern, call.keys)
-    return _attend(query, key, value, *options, call.scale, call.dropout_p, seeds)
+    p, keys = pattern, call.keys
+    assert not isinstance(keys, Seen)
+    sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
+    return _attend(query, key, value, *sets, call.scale, call.dropout_p, seeds)
 
 
 class _Tile(NamedTuple):

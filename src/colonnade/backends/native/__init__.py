@@ -25,12 +25,7 @@ from torch import Tensor
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.native import build as library
 from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
-from colonnade.backends.tracing.operation import (
-    OUTPUT_AND_LSE,
-    define,
-    define_attention,
-    fake_forward,
-)
+from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define_attention, fake_forward
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -73,16 +68,14 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     lse: Tensor
     if isinstance(call.keys, Seen):
         mask = call.keys.mask
-        out, lse = _decode(query, key, value, None if mask is None else mask[:, :, 0], call.scale)
+        out, lse = torch.ops.colonnade.native_decode(
+            query, key, value, None if mask is None else mask[:, :, 0], call.scale
+        )
         return out, lse
-    assert isinstance(call.pattern, FixedPattern)
-    return _attend(query, key, value, *PlanOptions.of(call.pattern, call.keys), call.scale)
-
-
-def _run_decode(*inputs: Any) -> tuple[Tensor, Tensor]:
-    _load()
-    out, lse = torch.ops.colonnade.native_decode_kernel(*inputs)
-    return out, lse
+    p, keys = call.pattern, call.keys
+    assert isinstance(p, FixedPattern)
+    sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
+    return _attend(query, key, value, *sets, call.scale)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -110,37 +103,46 @@ def _backward(
 
 def _plan(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the options of the kernels: _PLAN."""
-    _load()
     *sets, scale = options
     plan = make_plan(PlanOptions(*sets), query.shape[2], key.shape[2], range(key.shape[1]))
     return plan.gather, plan.table, plan.shift, plan.own_from_slots, scale
 
 
-def _load() -> None:
-    """Load the kernels for a program that was compiled or exported elsewhere, and chooses no more.
+def _define_kernel(name: str, schema: str) -> None:
+    """Declare an operation of the library, and load that when the operation is called too early.
 
-    Raises:
-        NotImplementedError: They do not run here.
+    A program that was exported or packaged elsewhere chooses no backend, and so loads nothing.
     """
-    if reason := library.reason_unusable():
-        raise NotImplementedError(
-            f"this program was made with backend 'native', which {reason}. Make it with "
-            "backend='eager' to run it without."
-        )
+    torch.library.define(name, schema)
+
+    @torch.library.impl(name, "CompositeExplicitAutograd")  # The library's own comes before it.
+    def load_and_run(query: Tensor, *others: Any) -> Any:
+        reason = library.reason_unusable()
+        if query.device.type != "cpu":
+            reason = f"runs on CPUs only, got tensors on {query.device}"
+        if reason is not None:
+            raise NotImplementedError(
+                f"this program was made with backend 'native', which {reason}. Make it with "
+                "backend='eager' to run it without."
+            )
+        return getattr(torch.ops.colonnade, name.removeprefix("colonnade::"))(query, *others)
 
 
 _PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
-torch.library.define(
+_define_kernel(
     "colonnade::native_forward_kernel",
     f"(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
 )
-torch.library.define(
+_define_kernel(
     "colonnade::native_backward_kernel",
     "(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor lse, {_PLAN}) -> (Tensor, Tensor, Tensor)",
 )
-_DECODE = "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> (Tensor, Tensor)"
-torch.library.define("colonnade::native_decode_kernel", _DECODE)
+_define_kernel(
+    "colonnade::native_decode",
+    "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> (Tensor, Tensor)",
+)
+torch.library.register_fake("colonnade::native_decode", fake_forward)
 torch.library.define(
     "colonnade::native_ceiling",
     "(Tensor like, int qk_dim, int v_dim, float seconds) -> (float, float)",
@@ -162,7 +164,6 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
     return forward, backward
 
 
-_decode = define("colonnade::native_decode", _DECODE, _run_decode, fake_forward)
 _attend = define_attention(
     "colonnade::native", f"{PLAN_SCHEMA}, float scale", _forward, _backward, OUTPUT_AND_LSE
 )

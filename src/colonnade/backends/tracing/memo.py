@@ -9,17 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from colonnade.backends.tracing.operation import is_tracing
 
 Result = TypeVar("Result")
 
 KEPT = 8
 """Results that each function keeps: those of the layers of one step, or of a few in turn."""
-
-
-def is_tracing() -> bool:
-    """Whether something records operations or runs them in its own way, with its own lengths."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def remembered(make: Callable[..., Result]) -> Callable[..., Result]:

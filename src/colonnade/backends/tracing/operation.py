@@ -14,15 +14,20 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from colonnade.backends.tracing.autocast import without_autocast
-from colonnade.backends.tracing.memo import is_tracing
 
 LSE = slice(1, 2)
 OUTPUT_AND_LSE = slice(0, 2)
 INPUTS = ("Tensor query", "Tensor key", "Tensor value")
 GRADS = ("Tensor grad_out", "Tensor grad_lse")
 RESULTS = ("Tensor out", "Tensor lse")
+
+
+def is_tracing() -> bool:
+    """Whether something records operations or runs them in its own way, with its own lengths."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -112,6 +112,6 @@ std::tuple<double, double> ceiling(const at::Tensor& like, int64_t qk_dim, int64
 TORCH_LIBRARY_IMPL(colonnade, CPU, library) {
   library.impl("native_forward_kernel", &colonnade::forward);
   library.impl("native_backward_kernel", &colonnade::backward);
-  library.impl("native_decode_kernel", &colonnade::decode);
+  library.impl("native_decode", &colonnade::decode);
   library.impl("native_ceiling", &colonnade::ceiling);
 }
