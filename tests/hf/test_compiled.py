@@ -22,8 +22,9 @@ from tests.hf.test_batches import HOLES, SETTINGS
 
 pytestmark = [
     pytest.mark.plain,
-    # PyTorch's own: its compiler imports a module that uses torch.jit.
+    # PyTorch's own: its compiler uses what it warns of.
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
 ]
 LENGTHS = (40, 41, 57, 33)
 
@@ -31,7 +32,9 @@ LENGTHS = (40, 41, 57, 33)
 def _model(name: str) -> Any:
     if name in SETTINGS:
         return random_model(max_position_embeddings=96, **SETTINGS[name]).train()
-    return retrofit(dense_model(name), 8, 2, subblocks=2, layers=[0, 2]).train()
+    model: Any = retrofit(dense_model(name), 8, 2, subblocks=2, layers=[0, 2]).train()
+    model.loss_type = "ForCausalLM"  # GPT-2 would log, in the graph, that it has none.
+    return model
 
 
 def _batch(kind: str, length: int) -> dict[str, Tensor]:
@@ -78,7 +81,8 @@ def test_training_compiled_is_training(name: str, kind: str, compiler: str) -> N
     for length in LENGTHS:
         batch = _batch(kind, length)
         for found, expected in zip(step(compiled, batch), step(model, batch), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+            # transformers computes losses in float32.
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
