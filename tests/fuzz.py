@@ -52,7 +52,7 @@ WIDTHS = (1, 3, 5, 8, 16, 17, 24, 33, 64, 65)
 SCALES = (0.0, -0.6, 1e-3, 0.25, 0.25, 0.5, 1.0, 30.0)
 DTYPES = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 DTYPES_OF_NATIVE = st.sampled_from((torch.float32, torch.bfloat16))
-KINDS = st.sampled_from((*["numbers"] * 8, "large", "equal", "bad", "dropout"))
+KINDS = st.sampled_from((*["numbers"] * 8, "large", "equal", "bad", "dropout", "modes"))
 ANY_LAYOUT = st.sampled_from((*LAYOUTS, "expanded"))
 THREE_IN_FIVE = st.sampled_from((True, True, True, False, False))
 
@@ -147,6 +147,16 @@ def run(call: Call, inputs: Inputs, dropout_p: float = 0.0) -> Results:
     lay_out: Callable[[Tensor], Tensor] = LAYOUTS.get(call.layout, lambda t: t)
     inputs = inputs._replace(grad_out=lay_out(inputs.grad_out))
     query, key, value = (lay_out(t).detach().requires_grad_(call.gradients) for t in inputs[:3])
+    out, lse = forward(call, query, key, value, dropout_p)
+    if not call.gradients:
+        return Results(out, lse, *(torch.zeros_like(t) for t in (query, key, value)))
+    return backpropagate((out, lse), (query, key, value), inputs)
+
+
+def forward(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, of zeros where the call does not ask for that."""
     options: dict[str, Any] = {
         "scale": call.case.scale,
         "backend": call.backend,
@@ -161,9 +171,7 @@ def run(call: Call, inputs: Inputs, dropout_p: float = 0.0) -> Results:
         out, lse = packed(query, key, value, cu_seqlens, call.case.pattern, **options)
     if lse is None:
         lse = torch.zeros(out.shape[:3], dtype=torch.promote_types(out.dtype, torch.float32))
-    if not call.gradients:
-        return Results(out, lse, *(torch.zeros_like(t) for t in (query, key, value)))
-    return backpropagate((out, lse), (query, key, value), inputs)
+    return out, lse
 
 
 def parts(call: Call) -> list[tuple[slice, Case]]:
@@ -180,6 +188,8 @@ def check_call(call: Call) -> None:
         _check_dropout(call, inputs)
     elif call.kind == "bad":
         _check_bad(call, inputs)
+    elif call.kind == "modes":
+        _check_modes(call, inputs)
     else:
         _check_numbers(call, inputs)
 
@@ -238,6 +248,42 @@ def _check_bad(call: Call, inputs: Inputs) -> None:
     for name, one, other in zip(Results._fields[:2], before, after, strict=False):
         same = torch.equal(one[~touched], other[~touched])
         assert same, f"{name} of a row that may not be touched by a bad {of} changed"
+
+
+def _check_modes(call: Call, inputs: Inputs) -> None:
+    """Assert that forward mode and second derivatives are right or refused, and never zeros.
+
+    In forward mode: the tangent along v, weighted by g, is the gradient for g along v.
+    """
+    if call.backend != "native":
+        inputs = Inputs(*(t.double() for t in inputs))
+    tangents: list[Tensor] = []
+    leaves = tuple(t.detach().clone().requires_grad_() for t in inputs[:3])
+    ways = tuple(torch.randn(t.shape, dtype=t.dtype) for t in leaves)
+
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = forward(call, query, key, value)
+        lse = lse.masked_fill(lse == -math.inf, 0.0)
+        return (out * inputs.grad_out).sum() + (lse * inputs.grad_lse).sum()
+
+    grads = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    along = torch.stack([(grad * way).sum() for grad, way in zip(grads, ways, strict=True)]).sum()
+    refused = _refused(lambda: torch.autograd.grad(along, leaves, allow_unused=True))
+    assert refused is (call.backend != "reference"), "second derivatives are not as expected"
+    points = tuple(t.detach() for t in leaves)
+    refused = _refused(lambda: tangents.append(torch.func.jvp(loss, points, ways)[1]))
+    assert refused is (call.backend in ("native", "eager")), "forward mode is not as expected"
+    for tangent in tangents:
+        torch.testing.assert_close(tangent, along.detach(), rtol=1e-8, atol=1e-8)
+
+
+def _refused(differentiate: Callable[[], object]) -> bool:
+    """Whether a derivative is refused in favour of the reference."""
+    try:
+        differentiate()
+    except NotImplementedError as error:
+        return "backend='reference'" in str(error)
+    return False
 
 
 def main(arguments: list[str] | None = None) -> int:

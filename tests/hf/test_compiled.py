@@ -33,6 +33,9 @@ def _model(name: str) -> Any:
     if name in SETTINGS:
         return random_model(max_position_embeddings=96, **SETTINGS[name]).train()
     model: Any = retrofit(dense_model(name), 8, 2, subblocks=2, layers=[0, 2]).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # GPT-2 has some.
+            module.p = 0.0
     model.loss_type = "ForCausalLM"  # GPT-2 would log, in the graph, that it has none.
     return model
 

@@ -224,3 +224,39 @@ def test_compiled_transformations_are_right(transform: Callable[[Function], Func
     function = transform(_function("auto", PATTERNS[0], "whole"))
     expected = transform(_function("reference", PATTERNS[0], "whole"))(x)
     torch.testing.assert_close(torch.compile(function, backend="aot_eager")(x), expected)
+
+
+@each_case
+def test_forward_mode_over_a_backward_is_refused(
+    backend: str, pattern: Pattern, layout: str
+) -> None:
+    """Of a weight behind attention: what attention takes has no tangent, its gradient has one."""
+    x, weight = _x().requires_grad_(), torch.randn(8, 8)
+    out = _function(backend, pattern, layout, reduce=False)(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, torch.ones_like(weight))
+        loss = ((out @ dual) ** 2).sum()
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            torch.autograd.grad(loss, x)
+
+
+@each_case
+def test_batched_gradients_are_one_after_the_other(
+    backend: str, pattern: Pattern, layout: str
+) -> None:
+    x = _x().requires_grad_()
+    out = _function(backend, pattern, layout, reduce=False)(x)
+    grads = torch.randn(3, *out.shape)
+    (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(out, x, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_documents_edited_after_the_forward_do_not_change_gradients(pattern: Pattern) -> None:
+    x = torch.randn(11, 2, 8, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 3, 11])
+    expected = torch.autograd.grad(attention_varlen(x, x, x, cu_seqlens, pattern).sum(), x)
+    out = attention_varlen(x, x, x, cu_seqlens, pattern)
+    cu_seqlens.numpy()[1] = 7
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x), expected)

@@ -7,11 +7,11 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from colonnade.backends import eager, native, reference
 from colonnade.backends.call import Call
 from colonnade.backends.tracing.autocast import without_autocast
+from colonnade.backends.tracing.operation import has_tangent
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 
@@ -75,7 +75,7 @@ def _first_that_takes(query: Query, key: Key, value: Value, call: Call) -> str:
 def _reason_declined(name: str, query: Query, key: Key, value: Value, call: Call) -> str | None:
     """Return why a backend does not take a call, or None if it does."""
     if name != "reference":  # It is plain PyTorch, which every mode knows.
-        if any(unpack_dual(t).tangent is not None for t in (query, key, value)):
+        if has_tangent(query, key, value):
             return "has no derivatives in forward mode, and one was asked for"
         if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return "runs in torch.func's transformations, but not where they are compiled"

@@ -72,7 +72,7 @@ def _run(
 ) -> Output:
     query, key, value = first_order(query, key, value)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             query,
             key,
             value,
@@ -81,6 +81,7 @@ def _run(
             scale=scale,
             enable_gqa=True,  # Where heads are equal it does nothing, and no bool is symbolic.
         )
+    return first_order(out)[0]
 
 
 def _by_tiles(query: Query, key: Key, value: Value, scale: float, pattern: FullPattern) -> Output:

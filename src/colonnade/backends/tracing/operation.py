@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from colonnade.backends.tracing.autocast import without_autocast
@@ -28,6 +29,17 @@ RESULTS = ("Tensor out", "Tensor lse")
 def is_tracing() -> bool:
     """Whether something records operations or runs them in its own way, with its own lengths."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether a derivative in forward mode is being computed, as far as it can be seen here."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return any(
+        # Inside of vmap nothing can be asked, and the autograd function refuses.
+        not (transformed and torch._C._functorch.is_batchedtensor(tensor))
+        and unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -60,6 +72,12 @@ def define_attention(
     count = saved.stop - saved.start
 
     def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        # Options such as cu_seqlens may be edited through NumPy before the backward.
+        options = [
+            each.clone() if isinstance(each, Tensor) and each.device.type == "cpu" else each
+            for each in inputs[3:]
+        ]
+        inputs = (*inputs[:3], *options)
         tensors = [each if isinstance(each, Tensor) else None for each in inputs]
         ctx.save_for_backward(*output[saved], *tensors)
         ctx.others = [
@@ -67,6 +85,8 @@ def define_attention(
         ]
 
     def gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        if has_tangent(grad_out, grad_lse):
+            _refuse(ctx)
         kept = ctx.saved_tensors  # Unpacked once: under checkpointing a second time is an error.
         inputs = [
             other if tensor is None else tensor
@@ -118,7 +138,8 @@ def define(
     def call(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return function(*inputs)
-        if is_tracing():
+        # The second: autograd.grad(…, is_grads_batched=True), whose tensors know few functions.
+        if is_tracing() or any(map(torch._C._functorch.is_legacy_batchedtensor, inputs[:2])):
             return operation(*inputs)
         return (function if torch.is_grad_enabled() else run)(*inputs)
 
@@ -164,7 +185,7 @@ def _function(
                 for x, dim in zip(tensors, in_dims, strict=False)
             ]
             found = apply(*together, *options)
-            return tuple(x.unflatten(0, (size, -1)) for x in found), 0
+            return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in found), 0
 
     # Else PyTorch works it out in every call, which takes as long as everything else around one.
     signature = inspect.signature(Function.forward)
@@ -179,16 +200,15 @@ def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if is_tracing() or not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return tensors
-    views: tuple[Tensor, ...] = _first_order(*tensors)
-    return views
+    return tuple(_first_order(tensor)[0] for tensor in tensors)
 
 
-def _views(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.view_as(t) for t in tensors)
+def _view(tensor: Tensor) -> tuple[Tensor]:
+    return (tensor.view_as(tensor),)
 
 
-_zeroth_order = _function(_views, _save_nothing, _refuse)
-_first_order = _function(_views, _save_nothing, lambda ctx, *grads: _zeroth_order(*grads))
+_zeroth_order = _function(_view, _save_nothing, _refuse)
+_first_order = _function(_view, _save_nothing, lambda ctx, grad: _zeroth_order(grad))
 
 
 def fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
