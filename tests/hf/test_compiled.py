@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from colonnade import FixedPattern
 from colonnade.hf import retrofit
 from colonnade.nn import SelfAttention
-from tests.hf.models import dense_model, prompts, random_model
+from tests.hf.models import dense_model, positions_of, prompts, random_model
 from tests.hf.test_batches import HOLES, SETTINGS
 
 pytestmark = [
@@ -46,10 +46,14 @@ def _batch(kind: str, length: int) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "labels": ids.clone()}
     if kind == "ones":
         batch["attention_mask"] = torch.ones_like(ids)
-    if kind == "padded":
+    if "padded" in kind:
         batch["attention_mask"] = F.pad(HOLES, (length - HOLES.shape[1], 0), value=True).long()
         batch["labels"][batch["attention_mask"] == 0] = -100
-    if kind == "packed":
+    if kind == "packed and ones":
+        batch["attention_mask"] = torch.ones_like(ids)
+    if kind == "padded and counted":
+        batch["position_ids"] = positions_of(batch["attention_mask"])
+    if "packed" in kind:
         parts = [torch.arange(n) for n in (17, 1, length - 18)]
         batch["position_ids"] = torch.cat(parts).expand(4, -1)
     return batch
@@ -60,6 +64,11 @@ CASES = [
     (name, kind, "aot_eager")
     for name in (*SETTINGS, "llama", "gpt2")
     for kind in ("plain", "ones", "padded", "packed")
+]
+CASES += [
+    (name, kind, "aot_eager")
+    for name in ("merged", "strided", "multihead")
+    for kind in ("packed and ones", "padded and counted")
 ]
 CASES += [(name, "padded", "inductor") for name in ("merged", "strided", "llama")]
 

@@ -207,8 +207,8 @@ def test_attention_of_another_kind_raises_where_it_is_called() -> None:
 
 
 @pytest.mark.plain
-def test_a_mask_that_no_layer_reads_is_made_in_vain() -> None:
-    """Qwen's mixtures of experts make a sliding mask beside the causal one."""
+def test_a_mask_that_no_layer_reads_does_no_harm() -> None:
+    """Qwen's mixture-of-experts models make a sliding-window mask as well as the causal one."""
     sizes = {**SIZES, **GROUPED, "moe_intermediate_size": 16, "num_experts": 4}
     sizes |= {"shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
     sizes |= {"experts_implementation": "eager"}  # The others have no float64.

@@ -230,7 +230,7 @@ def test_compiled_transformations_are_right(transform: Callable[[Function], Func
 def test_forward_mode_over_a_backward_is_refused(
     backend: str, pattern: Pattern, layout: str
 ) -> None:
-    """Of a weight behind attention: what attention takes has no tangent, its gradient has one."""
+    """The weight after attention has a tangent: so has the gradient, although no input has one."""
     x, weight = _x().requires_grad_(), torch.randn(8, 8)
     out = _function(backend, pattern, layout, reduce=False)(x)
     with forward_ad.dual_level():

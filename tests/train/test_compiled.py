@@ -28,7 +28,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
-    """Let every test try anew whether torch.compile works."""
+    """Make every test find out for itself whether torch.compile works."""
     run.reason_not_compiled.cache_clear()
     yield
     run.reason_not_compiled.cache_clear()

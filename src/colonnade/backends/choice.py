@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from colonnade.backends import eager, native, reference
 from colonnade.backends.call import Call
@@ -75,7 +76,8 @@ def _first_that_takes(query: Query, key: Key, value: Value, call: Call) -> str:
 def _reason_declined(name: str, query: Query, key: Key, value: Value, call: Call) -> str | None:
     """Return why a backend does not take a call, or None if it does."""
     if name != "reference":  # It is plain PyTorch, which every mode knows.
-        if has_tangent(query, key, value):
+        # Outside of every dual level, which is nearly always, there is nothing to look at.
+        if forward_ad._current_level >= 0 and has_tangent(query, key, value):
             return "has no derivatives in forward mode, and one was asked for"
         if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return "runs in torch.func's transformations, but not where they are compiled"

@@ -26,7 +26,7 @@ class PlanOptions(NamedTuple):
     reduced: int
     """Number of leading blocks of which the keys hold only the summary columns."""
     cu_seqlens: Tensor | None
-    """Where documents end, if some are packed together."""
+    """The boundaries of packed documents; None if nothing is packed."""
 
     @property
     def pattern(self) -> FixedPattern:
@@ -39,7 +39,6 @@ PLAN_SCHEMA = (
     "Tensor? cu_seqlens"
 )
 """`PlanOptions` in the schema of an operation."""
-NUM_PLAN_OPTIONS = len(PlanOptions._fields)
 
 
 def make_plan(options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int]) -> Plan:

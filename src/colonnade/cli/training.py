@@ -225,7 +225,7 @@ def eval(
     batch_size: Annotated[int, typer.Option(help="Number of windows in a batch.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a trained model in bits per byte, beside count tables and compressors."""
+    """Compare a trained model with count tables and compressors, in bits per byte."""
     with one_line_for_mistakes():
         from colonnade.train import evaluate, folder, settings
         from colonnade.train.data import open_corpus

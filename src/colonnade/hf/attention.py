@@ -258,7 +258,9 @@ def _check_call(module: nn.Module, is_causal: bool | None, others: dict[str, Any
 
 
 def _check_heads(module: nn.Module, heads: int, patterns: Patterns) -> None:
-    """Refuse the heads of one rank where their numbers, which start anew there, change the result.
+    """Refuse to run only some of the heads on a rank if a head's number decides what it reads.
+
+    Every rank counts its own heads from 0.
 
     Raises:
         NotImplementedError: This rank holds some of the heads, and they read different columns.

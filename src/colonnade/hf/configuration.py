@@ -17,7 +17,7 @@ _IMPORT_US = (
     "This is a Sparse Transformer: run `import colonnade.hf` before you load it."
     "--configuration.SparseTransformerConfig"
 )
-"""What transformers shows of a checkpoint whose model it does not know, up to the two dashes."""
+"""An entry of auto_map. transformers prints it, up to the two dashes, if it lacks the model."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Child et al. 2019, sections 7.1 to 7.3.

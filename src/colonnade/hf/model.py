@@ -31,6 +31,7 @@ from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbedding
+from colonnade.ops.packing import Packing
 
 
 class SparseTransformerAttention(nn.Module):
@@ -195,12 +196,12 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embedding.token(_without_padding(input_ids, attention_mask))
-        # A compiler cannot branch on contents.
-        compiling = torch.compiler.is_compiling()
-        if attention_mask is not None and attention_mask.ndim == 2 and not compiling:
-            # transformers looks for packed rows only if there is no mask.
-            attention_mask = None if attention_mask.all() else attention_mask
-        packed = attention_mask is None and not compiling and _restart(position_ids)
+        if torch.compiler.is_compiling():  # It cannot branch on contents: rows may be packed.
+            packed = position_ids is not None and past_key_values is None
+        else:
+            if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
+                attention_mask = None  # transformers looks for packed rows only without a mask.
+            packed = attention_mask is None and _restart(position_ids)
         if packed and past_key_values is not None:
             raise ValueError(
                 "packed rows (position_ids that restart) cannot be continued, so they take no "
@@ -209,13 +210,17 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if use_cache and past_key_values is None and not packed:
             past_key_values = FixedCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if packed and attention_mask is not None and attention_mask.ndim == 2:
+            assert position_ids is not None
+            mask: Any = PatternMask(Packing.of_either(attention_mask.bool(), position_ids))
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         check_mask(mask)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, seen)

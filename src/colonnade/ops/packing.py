@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,6 +45,18 @@ class Packing:
         begins = (document != document.roll(1, 1)) | first
         return cls(batch, seq_len, None, _cu_seqlens(begins.flatten()))
 
+    @classmethod
+    def of_either(
+        cls, padding_mask: Bool[Tensor, "batch seq_len"], position_ids: Positions
+    ) -> Packing:
+        """Pack padded rows, or if there is no padding, documents where positions restart.
+
+        For a compiler, which cannot tell the two apart.
+        """
+        jumps = position_ids.diff() != 1
+        document = F.pad(jumps.long().cumsum(-1), (1, 0)) * padding_mask.all()
+        return _of_unknown(padding_mask, document.expand_as(padding_mask))
+
     def pack(self, x: Tensor) -> Tensor:
         """Lay [batch, seq_len, …] out as [total, …]."""
         flat = x.flatten(0, 1)
@@ -70,12 +82,23 @@ def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"]) -> Packing:
     if not is_tracing():
         cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
         return Packing(batch, seq_len, flat.nonzero()[:, 0], cu_seqlens)
-    # A compiler does not know how many tokens there are. So padding goes along behind all tokens,
-    # each a document of its own.
+    return _of_unknown(padding_mask, torch.zeros_like(padding_mask, dtype=torch.long))
+
+
+def _of_unknown(
+    padding_mask: Bool[Tensor, "batch seq_len"], document: Int[Tensor, "batch seq_len"]
+) -> Packing:
+    """Pack documents of rows with padding where nobody knows how many tokens there are.
+
+    Padding goes along behind all tokens, each position a document of its own.
+    """
+    batch, seq_len = padding_mask.shape
+    row = torch.arange(batch, device=document.device)[:, None]
+    number = (row * seq_len + document).flatten()
+    flat = padding_mask.flatten()
     index = (~flat).long().argsort(stable=True)
-    is_token = flat[index]
-    row = index // seq_len
-    begins = (row != row.roll(1)) | (index == index[:1]) | ~is_token
+    number, is_token = number[index], flat[index]
+    begins = (number != number.roll(1)) | (index == index[:1]) | ~is_token
     return Packing(batch, seq_len, index, _cu_seqlens(begins), is_token)
 
 

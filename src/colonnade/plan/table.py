@@ -160,7 +160,7 @@ class _Blocks(NamedTuple):
     """Blocks of sequences that lie one after the other in memory."""
 
     number: Tensor
-    """Of the block in its sequence."""
+    """Number of each block in its sequence."""
     sequence_begin: Tensor
     sequence_end: Tensor
 

@@ -7,6 +7,7 @@ computed together as a tile, and the backward computes the scores again.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,7 @@ def attend(
     query: Query, key: Key, value: Value, pattern: FixedPattern, call: Call
 ) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over what a fixed pattern reads, and the log of its denominator."""
-    groups = len(heads_by_plan(pattern, key.shape[1]))
-    seeds = draw_seeds(call.dropout_p, groups)
+    seeds = draw_seeds(call.dropout_p, len(heads_by_plan(pattern, key.shape[1])))
     p, keys = pattern, call.keys
     assert not isinstance(keys, Seen)
     sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
@@ -179,14 +179,24 @@ def _groups(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> list[_Group
     return groups
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _by_groups(
+    run: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, ...],
+    query: Tensor,
+    key: Tensor,
+    options: tuple[Any, ...],
+) -> Any:
+    """Run each group of key heads by itself, and put the results together."""
     groups = _groups(query, key, options)
     results = [
-        _forward_of(group, *(only_heads(t, group.heads, key.shape[1]) for t in (query, key, value)))
-        for group in groups
+        run(group, *(only_heads(t, group.heads, key.shape[1]) for t in tensors)) for group in groups
     ]
     heads = [group.heads for group in groups]
-    out, lse = (in_order(parts, heads) for parts in zip(*results, strict=True))
+    return tuple(in_order(parts, heads) for parts in zip(*results, strict=True))
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _by_groups(_forward_of, (query, key, value), query, key, options)
     return out, lse
 
 
@@ -209,23 +219,10 @@ def _forward_of(group: _Group, query: Tensor, key: Tensor, value: Tensor) -> tup
     return out, lse
 
 
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = _groups(query, key, options)
-    tensors = grad_out, grad_lse, query, key, value, lse
-    results = [
-        _backward_of(group, *(only_heads(t, group.heads, key.shape[1]) for t in tensors))
-        for group in groups
-    ]
-    heads = [group.heads for group in groups]
-    d_query, d_key, d_value = (in_order(parts, heads) for parts in zip(*results, strict=True))
+def _backward(*tensors_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Take what `_backward_of` takes, and the options."""
+    tensors, options = tensors_and_options[:6], tensors_and_options[6:]
+    d_query, d_key, d_value = _by_groups(_backward_of, tensors, tensors[2], tensors[3], options)
     return d_query, d_key, d_value
 
 

@@ -2,8 +2,8 @@
 
 There is no lock that a killed builder could leave behind. What the compiler wrote under a temporary
 name becomes the library in one step, so that a library is whole or not there, and several builders
-at once do no harm. Its name is a hash of everything that it depends on. A failure is kept beside it
-under the same hash, so that the next process neither compiles in vain nor warns again.
+at once do no harm. Its name is a hash of everything that it depends on. A failure is stored next to
+it, under the same hash, so the next process does not compile again or repeat the warning.
 """
 
 from __future__ import annotations
