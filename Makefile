@@ -4,13 +4,15 @@
 #             takes that torch; else pip installs the one that constraints.txt names.
 #   PIP_ARGS  handed to pip install, such as an index that holds another build of torch.
 #   MINUTES   how long `make demo` trains.
-#   CALLS     how many calls `make fuzz` draws, and SEED from where.
+#   CALLS     how many calls of the operations `make fuzz` draws, BATCHES how many batches for whole
+#             models, and SEED from where.
 #   OLD       the src folder that `make bench-paired` compares with, and ROUNDS how often.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 MINUTES ?= 3
 CALLS ?= 10000
+BATCHES ?= 2000
 SEED ?=
 OLD ?=
 ROUNDS ?= 9
@@ -46,7 +48,8 @@ help:
 	@echo 'make structure  count the files that a call goes through, and statements'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
 	@echo 'make test-slow  the tests marked slow'
-	@echo 'make fuzz       CALLS=$(CALLS) drawn calls against the definition; SEED= repeats a run'
+	@echo 'make fuzz       CALLS=$(CALLS) drawn calls and BATCHES=$(BATCHES) batches of whole models against the'
+	@echo '                definition; SEED= repeats a run'
 	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint       formatting, lint and types'
 	@echo 'make format     reformat Python and C++, and fix what ruff can fix'
@@ -124,7 +127,7 @@ test-slow: $(STAMP)
 	    { code=$$?; [ $$code -eq 5 ] || exit $$code; echo 'No test is marked slow.'; }
 
 fuzz: $(STAMP)
-	$(BIN)/python -m tests.fuzz --calls $(CALLS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.fuzz --calls $(CALLS) --batches $(BATCHES) $(if $(SEED),--seed $(SEED))
 
 sanitize: $(STAMP)
 	COLONNADE_CACHE=build/sanitize COLONNADE_CXXFLAGS='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \

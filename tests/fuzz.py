@@ -36,6 +36,8 @@ from tests.cases import (
     fixed_patterns,
     patterns,
 )
+from tests.hf.drawn import check_draw as check_batch
+from tests.hf.drawn import draw_call as draw_batch
 from tests.layouts import LAYOUTS, expanded
 from tests.packing import cu_seqlens_of, cuts, documents, packed, packed_case
 from tests.rounding import check
@@ -289,31 +291,47 @@ def _refused(differentiate: Callable[[], object]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Check the calls and print which ones are wrong and why; return 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--calls", type=int, default=10_000, help="calls of the operations")
+    parser.add_argument("--batches", type=int, default=0, help="batches given to whole models")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
-    parser.add_argument("--only", type=int, help="the number of one call to repeat")
+    parser.add_argument("--only", type=int, help="the number of one of them to repeat")
     chosen = parser.parse_args(arguments)
     print(f"seed {chosen.seed}", flush=True)
-    numbers = range(chosen.calls) if chosen.only is None else [chosen.only]
+    wrong = _search("call", chosen.calls, chosen, drawn, check_call)
+    wrong += _search("batch", chosen.batches, chosen, draw_batch, check_batch)
+    return 1 if wrong else 0
+
+
+def _search(
+    name: str,
+    count: int,
+    chosen: argparse.Namespace,
+    draw: Callable[[int, int], Any],
+    check: Callable[[Any], object],
+) -> int:
+    """Return how many are wrong, and print them."""
+    if count == 0:
+        return 0
+    numbers = range(count) if chosen.only is None else [chosen.only]
     seen: set[str] = set()
     wrong = 0
-    by_backend: Counter[str] = Counter()
+    by_kind: Counter[str] = Counter()
     started = time.monotonic()
     for done, number in enumerate(numbers, start=1):
-        call = drawn(chosen.seed, number)
-        seen.add(repr(call))
-        by_backend[call.backend] += 1
+        each = draw(chosen.seed, number)
+        seen.add(repr(each))
+        by_kind[each.kind] += 1
         try:
-            check_call(call)
+            check(each)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             wrong += 1
-            print(f"call {number}: {type(error).__name__}: {error}\n  {call}", flush=True)
+            print(f"{name} {number}: {type(error).__name__}: {error}\n  {each}", flush=True)
         if done % 1_000 == 0:
             taken = time.monotonic() - started
-            print(f"{done} calls, {wrong} wrong, {taken:.0f} s", flush=True)
-    backends_used = ", ".join(f"{name} {count}" for name, count in sorted(by_backend.items()))
-    print(f"{len(seen)} distinct calls ({backends_used}), {wrong} wrong")
-    return 1 if wrong else 0
+            print(f"{done} drawn, {wrong} wrong, {taken:.0f} s", flush=True)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(by_kind.items()))
+    print(f"{name}: {len(seen)} distinct ({kinds}), {wrong} wrong")
+    return wrong
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from colonnade.backends import eager
+from colonnade.hf import batch
 from tests import fuzz
 
 # What it draws is right by construction; the checks of types cost it half of its calls.
@@ -21,7 +23,13 @@ pytestmark = [
 
 def test_a_few_hundred_drawn_calls(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--calls", "300", "--seed", "7"]) == 0, capsys.readouterr().out
-    assert "300 distinct calls" in capsys.readouterr().out
+    assert "call: 300 distinct" in capsys.readouterr().out
+
+
+def test_a_hundred_drawn_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--calls", "0", "--batches", "100", "--seed", "7"]
+    assert fuzz.main(arguments) == 0, capsys.readouterr().out
+    assert "batch: 100 distinct" in capsys.readouterr().out
 
 
 MISTAKES: dict[str, Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]] = {
@@ -49,3 +57,21 @@ def test_a_wrong_result_is_found_and_can_be_repeated(
     assert fuzz.main(["--only", number, "--seed", "7"]) == 1
     again = capsys.readouterr().out
     assert again.splitlines()[1:3] == said.splitlines()[1:3]
+
+
+FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "positions that jump": (
+        "_restarts",
+        lambda positions, _: torch.nn.functional.pad(positions.diff() != 1, (1, 0)),
+    ),
+    "documents behind a cache": ("_after", lambda *_: batch.Batch()),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_batch_that_is_misread_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch, *FAULTS[name])
+    assert fuzz.main(["--calls", "0", "--batches", "30", "--seed", "7"]) == 1
+    assert "batch " in capsys.readouterr().out

@@ -32,6 +32,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 48},
 }
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "phi": {"intermediate_size": 48},
+    "olmo2": GROUPED,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+"""For what is tried on many families at once."""
 
 
 def small_config(**changes: Any) -> SparseTransformerConfig:
@@ -69,7 +75,8 @@ def tokens(batch: int, length: int) -> Tensor:
 
 def dense_model(family: str, **changes: Any) -> PreTrainedModel:
     """Return a model of another architecture in float64 that always has the same weights."""
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
+    sizes = {**FAMILIES, **MORE_FAMILIES}
+    config = AutoConfig.for_model(family, **{**SIZES, **sizes[family], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).double().eval()

@@ -12,7 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from colonnade.hf import FixedCache, retrofit
-from colonnade.hf.attention import PatternMask, attention_function
+from colonnade.hf.attention import attention_function
+from colonnade.hf.mask import PatternMask
 from tests.hf.models import (
     SIZES,
     dense_model,

@@ -53,6 +53,11 @@ def _batch(kind: str, length: int) -> dict[str, Tensor]:
         batch["attention_mask"] = torch.ones_like(ids)
     if kind == "padded and counted":
         batch["position_ids"] = positions_of(batch["attention_mask"])
+    if kind == "flattened":
+        parts = [torch.arange(n) for n in (17, 1, length - 18)] * 4
+        ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends
+        batch["seq_idx"] = torch.bucketize(torch.arange(4 * length), ends, right=True).view(4, -1)
     if "packed" in kind:
         parts = [torch.arange(n) for n in (17, 1, length - 18)]
         batch["position_ids"] = torch.cat(parts).expand(4, -1)
@@ -67,8 +72,8 @@ CASES = [
 ]
 CASES += [
     (name, kind, "aot_eager")
-    for name in ("merged", "strided", "multihead")
-    for kind in ("packed and ones", "padded and counted")
+    for name in ("merged", "strided", "multihead", "llama")
+    for kind in ("packed and ones", "packed and padded", "padded and counted", "flattened")
 ]
 CASES += [(name, "padded", "inductor") for name in ("merged", "strided", "llama")]
 

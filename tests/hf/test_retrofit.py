@@ -19,7 +19,8 @@ from transformers import (
 
 import colonnade as col
 from colonnade.hf import FixedCache, load, retrofit
-from colonnade.hf.attention import PatternMask, attention_function
+from colonnade.hf.attention import attention_function
+from colonnade.hf.mask import PatternMask
 from colonnade.hf.settings import patterns_of
 from tests.hf.models import (
     FAMILIES,

@@ -88,8 +88,8 @@ def test_a_model_of_bytes_does_not_read_padding() -> None:
         there = batch["attention_mask"][0].bool()
         alone = model(**TOKENIZER("ab", return_tensors="pt")).logits
         torch.testing.assert_close(model(**batch).logits[0, there], alone[0])
-        out = model.generate(**batch, max_new_tokens=3, do_sample=False)
-        assert out.shape == (2, 7)
+    batch = TOKENIZER(["ab", "abcd"], padding=True, padding_side="left", return_tensors="pt")
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape == (2, 7)
 
 
 def test_an_end_token_is_learnt_with_a_row_for_it() -> None:

@@ -13,10 +13,11 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from colonnade.hf.attention import attention_function, mask_function
+from colonnade.hf.attention import attention_function
 from colonnade.hf.cache import FixedCache
 from colonnade.hf.checkpoint import keep_attention, load
 from colonnade.hf.configuration import SparseTransformerConfig
+from colonnade.hf.mask import mask_function
 from colonnade.hf.model import SparseTransformerForCausalLM, SparseTransformerModel
 from colonnade.hf.retrofit import retrofit
 from colonnade.hf.settings import NAME

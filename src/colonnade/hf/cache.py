@@ -219,6 +219,8 @@ class FixedCache(Cache):
         super().__init__(layers=layers)
         self._announced: Announcement | None = None
         self._padding: Tensor | None = None
+        # Where the document of each row begins, if not at 0.
+        self._begun: Tensor | None = None
 
     @property
     def num_stored(self) -> int:
@@ -241,12 +243,19 @@ class FixedCache(Cache):
         offset.cache = self
         return self.layers[layer_idx].seen + query_length, offset
 
-    def announce(self, length: int, attention_mask: Tensor | None) -> None:
+    def announce(
+        self,
+        length: int,
+        attention_mask: Tensor | None,
+        restarts: Bool[Tensor, " batch"] | None = None,
+    ) -> None:
         """Say which positions are appended next.
 
         Args:
             length: How many, padding included.
             attention_mask: [batch, positions so far and these], True at tokens; None: all are.
+            restarts: [batch], True where a row begins another document, and what it holds is to be
+                forgotten first; None: nowhere.
 
         Raises:
             ValueError: The mask is not that of all positions, or contradicts an earlier one.
@@ -259,16 +268,31 @@ class FixedCache(Cache):
             )
         is_token = None
         if attention_mask is not None:
-            self._check_padding(attention_mask, seen, length)
+            self.check_padding(attention_mask, seen, length)
             is_token = attention_mask[:, seen:]
             if self._padding is None and is_token.all():
                 attention_mask = is_token = None
+        if restarts is not None:
+            self._forget(restarts, seen)
         self._announced = Announcement(seen, length, is_token)
         for layer in self.layers:
             layer.given = None
         self._padding = attention_mask
 
-    def _check_padding(self, attention_mask: Tensor, seen: int, length: int) -> None:
+    def _forget(self, rows: Bool[Tensor, " batch"], seen: int) -> None:
+        """Empty some rows, whose next positions are those of another document."""
+        begun = torch.zeros(len(rows), dtype=torch.long) if self._begun is None else self._begun
+        self._begun = torch.where(rows.cpu(), seen, begun)
+        for layer in self.layers:
+            left = zip(layer.kv.seq_lens, rows.tolist(), strict=True)
+            layer.kv.crop([0 if again else length for length, again in left])
+
+    def check_padding(self, attention_mask: Tensor, seen: int, length: int) -> None:
+        """Refuse a mask that is not that of all positions, or contradicts an earlier one.
+
+        Raises:
+            ValueError: It is such a mask.
+        """
         if attention_mask.shape[1] != seen + length:
             raise ValueError(
                 "attention_mask must cover every position so far and the new ones, got "
@@ -276,13 +300,20 @@ class FixedCache(Cache):
                 f"cache and {length} new ones."
             )
         kept = torch.tensor(self.layers[0].kv.seq_lens, device="cpu")
-        tokens = attention_mask[:, :seen].sum(1).long().cpu()
+        tokens = self._tokens(attention_mask, seen)
         if seen and not torch.equal(tokens, kept):
             raise ValueError(
                 "attention_mask must say of earlier positions what it said when they came: what "
                 f"was left out then is not in the cache. Its rows have now "
                 f"{tokens.tolist()} tokens there, and had {kept.tolist()}."
             )
+
+    def _tokens(self, padding: Tensor, seen: int) -> Tensor:
+        """Return how many of its first `seen` positions each row's document has, on the CPU."""
+        tokens = padding[:, :seen].bool().cpu()
+        if self._begun is not None:
+            tokens = tokens & (torch.arange(seen, device="cpu") >= self._begun[:, None])
+        return tokens.sum(1)
 
     def update(
         self, key_states: Key, value_states: Value, layer_idx: int, *_: Any, **__: Any
@@ -309,14 +340,15 @@ class FixedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._announced = self._padding = None
+        self._announced = self._padding = self._begun = None
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last -`tokens_to_remove` positions, and then what no later one can read.
 
         Raises:
-            ValueError: A positive number, or the shorter sequence would read what is gone. Call
-                `activate_past_recording` before the positions that are to be cropped.
+            ValueError: A positive number, a document began since, or the shorter sequence would
+                read what is gone. Call `activate_past_recording` before the positions that are to
+                be cropped.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -325,14 +357,19 @@ class FixedCache(Cache):
             )
         # Assisted decoding in earlier releases of transformers hands in a tensor.
         seen = max(self.get_seq_length() + int(tokens_to_remove), 0)
+        if self._begun is not None and (self._begun > seen).any():
+            raise ValueError(
+                "a document began behind the new end, and what was before it is gone, got "
+                f"tokens_to_remove={tokens_to_remove}, and documents that begin at "
+                f"{self._begun.tolist()} of {self.get_seq_length()} positions."
+            )
         for layer in self.layers:
             if layer.seen <= seen:
                 continue
-            rows = len(layer.kv.seq_lens)
-            left = [seen] * rows
-            if self._padding is not None:
-                left = self._padding[:, :seen].sum(1).tolist()
-            layer.kv.crop(left)
+            padding = self._padding
+            if padding is None:
+                padding = torch.ones(len(layer.kv.seq_lens), seen, device="cpu")
+            layer.kv.crop(self._tokens(padding, seen).tolist())
             layer.seen = seen
         if self._padding is not None:
             self._padding = self._padding[:, :seen]
@@ -345,6 +382,8 @@ class FixedCache(Cache):
             layer.reorder_cache(beam_idx)
         if self._padding is not None:
             self._padding = self._padding[beam_idx.to(self._padding.device)]
+        if self._begun is not None:
+            self._begun = self._begun[beam_idx.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one after the other."""
@@ -360,3 +399,5 @@ class FixedCache(Cache):
                 layer.kv.select(indices)
         if self._padding is not None:
             self._padding = self._padding[indices.to(self._padding.device)]
+        if self._begun is not None:
+            self._begun = self._begun[indices.cpu()]

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from colonnade.hf.cache import check_cache
 from colonnade.hf.settings import NAME, has_settings, patterns_of
+from colonnade.hf.watch import watch
 
 
 def keep_attention() -> None:
@@ -44,7 +42,7 @@ def keep_attention() -> None:
         wanted = NAME if requested_attention is None and fixed else requested_attention
         chosen = choose(self, wanted, is_init_check, **others)
         if chosen == NAME:
-            _watch(self)
+            watch(self)
         elif fixed and is_init_check:
             warnings.warn(
                 f"this {self.config.model_type} has the settings of fixed attention, but loses it: "
@@ -130,21 +128,3 @@ def _refuse_adapter(path: str | PathLike[str], shared: dict[str, Any]) -> None:
             "peft.AutoPeftModelForCausalLM.from_pretrained (or that of its task), which keeps the "
             "fixed attention of the adapter's base, or PeftModel.from_pretrained(load(base), path)."
         )
-
-
-def _watch(model: PreTrainedModel) -> None:
-    """Make the model refuse caches that would do nothing for the pattern.
-
-    A hook has to look, because transformers shows neither the mask function nor the attention
-    function the cache.
-    """
-    base = model.base_model
-    if _check_cache_of_call not in base._forward_pre_hooks.values():  # It is chosen many times.
-        base.register_forward_pre_hook(_check_cache_of_call, with_kwargs=True)
-
-
-def _check_cache_of_call(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-    if module.config._attn_implementation == NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
-        for argument in (*given, *named.values()):
-            if isinstance(argument, Cache):
-                check_cache(argument, module)

@@ -26,12 +26,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from colonnade.hf.attention import PatternMask, check_mask
 from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
+from colonnade.hf.mask import PatternMask, check_mask
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbedding
-from colonnade.ops.packing import Packing
 
 
 class SparseTransformerAttention(nn.Module):
@@ -180,8 +179,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds` are given, the attention
-                mask has four dimensions, the model has no embedding for a position, or packed rows
-                come with a cache.
+                mask or what else says where documents are contradicts itself or the tokens, the
+                model has no embedding for a position, or packed rows come with a cache.
             NotImplementedError: A mask is of another kind, another attention is set, or the cache
                 drops positions, is quantised or is offloaded.
         """
@@ -196,31 +195,16 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embedding.token(_without_padding(input_ids, attention_mask))
-        if torch.compiler.is_compiling():  # It cannot branch on contents: rows may be packed.
-            packed = position_ids is not None and past_key_values is None
-        else:
-            if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
-                attention_mask = None  # transformers looks for packed rows only without a mask.
-            packed = attention_mask is None and _restart(position_ids)
-        if packed and past_key_values is not None:
-            raise ValueError(
-                "packed rows (position_ids that restart) cannot be continued, so they take no "
-                "cache. Leave past_key_values out."
-            )
-        if use_cache and past_key_values is None and not packed:
+        if use_cache and past_key_values is None:
             past_key_values = FixedCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if packed and attention_mask is not None and attention_mask.ndim == 2:
-            assert position_ids is not None
-            mask: Any = PatternMask(Packing.of_either(attention_mask.bool(), position_ids))
-        else:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
         check_mask(mask)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, seen)
@@ -258,11 +242,6 @@ def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         return input_ids
     return input_ids.masked_fill(attention_mask[:, attention_mask.shape[1] - length :] == 0, 0)
-
-
-def _restart(position_ids: Tensor | None) -> bool:
-    """Whether any position is not 1 more than the one before it, as in packed rows."""
-    return position_ids is not None and bool((position_ids.diff() != 1).any())
 
 
 def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
@@ -328,8 +307,7 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             attention_mask: [batch, positions so far], 0 at padding, on either side. Each row's
                 tokens give what they would give alone.
             position_ids: [batch or 1, seq_len]; counted from each row's first token if None.
-                Without `attention_mask` and cache, a row whose positions restart is packed: no
-                document attends to another.
+                A row whose positions restart is packed: no document attends to another.
             past_key_values: Keys and values of earlier positions. If it is None and `use_cache` is
                 set, a new `FixedCache`.
             inputs_embeds: [batch, seq_len, hidden_size], instead of `input_ids`.
@@ -338,7 +316,8 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
             use_cache: Return keys and values.
             logits_to_keep: Number of logits to compute, counted from the end, or the indices of
                 those to compute; 0 computes all.
-            **kwargs: Passed on to the attention function and the loss function.
+            **kwargs: Passed on to the loss function; `cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx`
+                say where documents begin.
 
         Returns:
             The logits [batch, seq_len or fewer, vocab_size], the loss, and the cache.

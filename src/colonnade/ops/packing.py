@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,24 +38,25 @@ class Packing:
         return _of_padded(padding_mask)
 
     @classmethod
-    def of_documents(cls, document: Positions) -> Packing:
-        """Pack rows without padding; a document ends where `document` changes, or its batch row."""
-        batch, seq_len = document.shape
-        first = torch.arange(seq_len, device=document.device) == 0
-        begins = (document != document.roll(1, 1)) | first
-        return cls(batch, seq_len, None, _cu_seqlens(begins.flatten()))
-
-    @classmethod
-    def of_either(
-        cls, padding_mask: Bool[Tensor, "batch seq_len"], position_ids: Positions
+    def of_documents(
+        cls,
+        begins: Bool[Tensor, "batch seq_len"],
+        padding_mask: Bool[Tensor, "batch seq_len"] | None = None,
     ) -> Packing:
-        """Pack padded rows, or if there is no padding, documents where positions restart.
+        """Make documents of the tokens of each batch row, wherever the padding is.
 
-        For a compiler, which cannot tell the two apart.
+        Args:
+            begins: True at the first token of each document, and so at the first of each row.
+            padding_mask: True at tokens; None: everywhere.
         """
-        jumps = position_ids.diff() != 1
-        document = F.pad(jumps.long().cumsum(-1), (1, 0)) * padding_mask.all()
-        return _of_unknown(padding_mask, document.expand_as(padding_mask))
+        if is_tracing():
+            return _of_unknown(
+                torch.ones_like(begins) if padding_mask is None else padding_mask, begins
+            )
+        batch, seq_len = begins.shape
+        index = None if padding_mask is None else padding_mask.flatten().nonzero()[:, 0]
+        of_tokens = begins.flatten() if index is None else begins.flatten()[index]
+        return cls(batch, seq_len, index, _cu_seqlens(of_tokens))
 
     def pack(self, x: Tensor) -> Tensor:
         """Lay [batch, seq_len, …] out as [total, …]."""
@@ -78,27 +79,24 @@ class Packing:
 def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"]) -> Packing:
     """All layers of a step are handed one mask, and share what is found in it."""
     batch, seq_len = padding_mask.shape
-    flat = padding_mask.flatten()
     if not is_tracing():
         cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
-        return Packing(batch, seq_len, flat.nonzero()[:, 0], cu_seqlens)
-    return _of_unknown(padding_mask, torch.zeros_like(padding_mask, dtype=torch.long))
+        return Packing(batch, seq_len, padding_mask.flatten().nonzero()[:, 0], cu_seqlens)
+    return _of_unknown(padding_mask, padding_mask.cumsum(1) == 1)
 
 
 def _of_unknown(
-    padding_mask: Bool[Tensor, "batch seq_len"], document: Int[Tensor, "batch seq_len"]
+    padding_mask: Bool[Tensor, "batch seq_len"], begins: Bool[Tensor, "batch seq_len"]
 ) -> Packing:
     """Pack documents of rows with padding where nobody knows how many tokens there are.
 
     Padding goes along behind all tokens, each position a document of its own.
     """
-    batch, seq_len = padding_mask.shape
-    row = torch.arange(batch, device=document.device)[:, None]
-    number = (row * seq_len + document).flatten()
     flat = padding_mask.flatten()
     index = (~flat).long().argsort(stable=True)
-    number, is_token = number[index], flat[index]
-    begins = (number != number.roll(1)) | (index == index[:1]) | ~is_token
+    is_token = flat[index]
+    begins = begins.flatten()[index] | ~is_token
+    batch, seq_len = padding_mask.shape
     return Packing(batch, seq_len, index, _cu_seqlens(begins), is_token)
 
 

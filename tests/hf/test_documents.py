@@ -1,0 +1,220 @@
+"""Whatever says where documents and padding are, one case of a kind; `drawn.py` draws many more."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DataCollatorWithFlattening, DynamicCache, LlamaForSequenceClassification
+
+from colonnade.hf import FixedCache, retrofit
+from tests.hf.models import dense_model, generate, prompts, random_model
+from tests.rounding import check_half_the_digits
+
+pytestmark = pytest.mark.plain
+LENGTHS = (9, 1, 14)
+ENDS = (0, *accumulate(LENGTHS))
+TOTAL = sum(LENGTHS)
+RESTARTS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+each_model = pytest.mark.parametrize("family", ["sparse_transformer", "llama", "gpt2"])
+
+
+def _model(family: str) -> Any:
+    if family == "sparse_transformer":
+        return random_model(max_position_embeddings=64)
+    return retrofit(dense_model(family), 8, 2, subblocks=2)
+
+
+def _alone(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits of the documents of one row, each by itself."""
+    parts = [model(part, use_cache=False).logits for part in ids.split(LENGTHS, 1)]
+    return torch.cat(parts, 1)
+
+
+@each_model
+@pytest.mark.parametrize("positions", [True, False])
+def test_what_a_collator_says(family: str, positions: bool) -> None:
+    """transformers' own, with all that it can say, and without positions."""
+    model, ids = _model(family), prompts(1, TOTAL)
+    collate = DataCollatorWithFlattening(
+        return_position_ids=positions, return_flash_attn_kwargs=True, return_seq_idx=True
+    )
+    batch = collate([{"input_ids": part[0].tolist()} for part in ids.split(LENGTHS, 1)])
+    assert set(batch) >= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "seq_idx"}
+    result = model(**batch)
+    check_half_the_digits(result.logits, _alone(model, ids))
+    assert result.past_key_values is None
+    with torch.no_grad():
+        assert result.loss.isfinite()
+
+
+@each_model
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cu_seq_lens_q": torch.tensor(ENDS)},
+        {"cu_seq_lens_k": torch.tensor(ENDS, dtype=torch.int32), "max_length_k": 14},
+        {"cu_seq_lens_q": torch.tensor([0, 9, 9, 10, 24, 24])},
+        {"seq_idx": torch.tensor([5] * 9 + [2] + [7] * 14)[None]},
+        {"position_ids": RESTARTS, "attention_mask": torch.ones(1, TOTAL)},
+        {"position_ids": RESTARTS + 2, "seq_idx": torch.tensor([0] * 9 + [1] + [0] * 14)[None]},
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_one_way_to_say_it_is_enough(family: str, given: dict[str, Tensor]) -> None:
+    model, ids = _model(family), prompts(1, TOTAL)
+    found = model(ids, **given).logits
+    places = given.get("position_ids", RESTARTS)
+    pieces = zip(ids.split(LENGTHS, 1), places.split(LENGTHS, 1), strict=True)
+    parts = [model(part, position_ids=place).logits for part, place in pieces]
+    check_half_the_digits(found, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attention_mask": torch.ones(1, TOTAL)}, r"attention_mask must be \[batch"),
+        ({"attention_mask": torch.ones(2, TOTAL + 1)}, r"attention_mask.shape=\(2, 25\)"),
+        ({"attention_mask": torch.ones(2, TOTAL - 1)}, r"for 2 rows of 24 tokens"),
+        ({"attention_mask": torch.full((2, TOTAL), 2)}, "1 at tokens and 0 at padding"),
+        ({"attention_mask": torch.full((2, TOTAL), 0.5)}, "1 at tokens and 0 at padding"),
+        ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, r"position_ids must be \[batch or"),
+        ({"position_ids": torch.arange(TOTAL)[None] // 2}, "comes twice in position_ids="),
+        ({"cu_seq_lens_q": torch.tensor([0, 9, 24])}, r"from 0 to the number of tokens.*2 · 24"),
+        ({"cu_seq_lens_q": torch.tensor([1, 24, 48])}, "from 0"),
+        ({"cu_seq_lens_q": torch.tensor([0, 30, 24, 48])}, "go up"),
+        ({"cu_seq_lens_q": torch.tensor([0, 30, 48])}, "from one row of a batch to the next"),
+        ({"cu_seq_lens_q": torch.tensor([[0, 24, 48]])}, r"cu_seq_lens_q.shape=\(1, 3\)"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 24, 48]), "cu_seq_lens_k": torch.tensor([0, 48])},
+            "must be equal",
+        ),
+        ({"cu_seq_lens_q": torch.tensor([0, 24, 48]), "max_length_q": 23}, "the longest document"),
+        ({"max_length_q": 24}, "cu_seq_lens_q must say where"),
+        ({"seq_idx": torch.zeros(3, TOTAL)}, r"seq_idx must be \[batch or 1"),
+        (
+            {
+                "seq_idx": torch.arange(TOTAL)[None] // 12,
+                "cu_seq_lens_q": torch.tensor([0, 24, 48]),
+            },
+            "must say the same",
+        ),
+        (
+            {"position_ids": RESTARTS, "cu_seq_lens_q": torch.tensor([0, 24, 48])},
+            "restart only where cu_seq_lens_q",
+        ),
+        ({"position_ids": RESTARTS, "use_cache": True}, "take no cache.*use_cache=False"),
+        ({"position_ids": RESTARTS, "past_key_values": DynamicCache()}, "take no cache"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+@each_model
+def test_contradictions_are_refused(family: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _model(family)(prompts(2, TOTAL), **given)
+
+
+@each_model
+@pytest.mark.parametrize("name", ["document_ids", "segment_ids", "block_mask", "atention_mask"])
+def test_an_argument_that_nobody_knows_is_refused(family: str, name: str) -> None:
+    model, ids = _model(family), prompts(1, TOTAL)
+    with pytest.raises(NotImplementedError, match=rf"has no {name}, got {name}=a tensor"):
+        model(ids, **{name: torch.zeros(1, TOTAL)})
+    assert torch.equal(model(ids, **{name: None}).logits, model(ids).logits)
+
+
+@each_model
+def test_positions_that_jump_forward_begin_no_document(family: str) -> None:
+    """As in positional skip-wise training (PoSE): the pattern counts tokens."""
+    model, ids = _model(family), prompts(1, TOTAL)
+    jumps = torch.cat([torch.arange(10), torch.arange(30, 44)])[None]
+    whole = model(ids, position_ids=jumps).logits
+    cache = DynamicCache()
+    parts = [
+        model(part, position_ids=place, past_key_values=cache).logits
+        for part, place in zip(ids.split([12, 12], 1), jumps.split([12, 12], 1), strict=True)
+    ]
+    check_half_the_digits(torch.cat(parts, 1), whole)
+    other = ids.clone()
+    other[:, 7] = (ids[:, 7] - 2 + 1) % 95 + 2  # A summary column, before the jump.
+    assert not torch.allclose(model(other, position_ids=jumps).logits[:, -1], whole[:, -1])
+
+
+@each_model
+@pytest.mark.parametrize("make", [FixedCache, DynamicCache])
+def test_a_document_may_begin_behind_a_cache(family: str, make: Any) -> None:
+    model, ids = _model(family), prompts(2, TOTAL)
+    cache = make(model.config) if make is FixedCache else make()
+    parts = []
+    for part, place in zip(ids.split(LENGTHS, 1), RESTARTS.split(LENGTHS, 1), strict=True):
+        for token, at in zip(part.split(5, 1), place.split(5, 1), strict=True):
+            parts.append(model(token, position_ids=at, past_key_values=cache).logits)
+    check_half_the_digits(torch.cat(parts, 1), _alone(model, ids))
+
+
+def test_a_row_begins_a_document_while_others_go_on() -> None:
+    """In a FixedCache, which also selects rows afterwards; other caches refuse it."""
+    model, ids = _model("llama"), prompts(3, TOTAL)
+    first, second = torch.arange(13).expand(3, -1), torch.arange(13, TOTAL).repeat(3, 1)
+    second[1] -= 13
+    caches = [FixedCache(model.config), DynamicCache()]
+    for each in caches:
+        model(ids[:, :13], position_ids=first, past_key_values=each)
+    with pytest.raises(NotImplementedError, match=r"begin a document at once.*Use a FixedCache"):
+        model(ids[:, 13:], position_ids=second, past_key_values=caches[1])
+    cache: Any = caches[0]
+    cache.reorder_cache(torch.tensor([1, 2, 0]))
+    rows, second = ids[[1, 2, 0]], second[[1, 0, 2]]
+    model(rows[:, 13:20], position_ids=second[:, :7], past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    rows, second = rows[[0, 2]], second[[0, 2]]
+    found = model(
+        rows[:, 20:],
+        position_ids=second[:, 7:],
+        attention_mask=torch.ones(2, TOTAL),
+        past_key_values=cache,
+    ).logits
+    check_half_the_digits(found[:1], model(rows[:1, 13:]).logits[:, 7:])
+    check_half_the_digits(found[1:], model(rows[1:]).logits[:, 20:])
+    with pytest.raises(ValueError, match="a document began behind the new end"):
+        cache.crop(-15)
+
+
+@each_model
+@pytest.mark.parametrize("make", [FixedCache, DynamicCache])
+def test_positions_that_neither_go_on_nor_restart_are_refused(family: str, make: Any) -> None:
+    model, ids = _model(family), prompts(1, TOTAL)
+    cache = make(model.config) if make is FixedCache else make()
+    model(ids[:, :9], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"go on where the row in the cache ends.*got \[4\]"):
+        model(ids[:, 9:10], position_ids=torch.tensor([[4]]), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="by position_ids alone, got seq_idx"):
+        model(ids[:, 9:10], seq_idx=torch.zeros(1, 1), past_key_values=cache)
+    onward = model(ids[:, 9:], past_key_values=cache).logits
+    check_half_the_digits(onward, model(ids).logits[:, 9:])
+
+
+@each_model
+@pytest.mark.filterwarnings("ignore:A decoder-only architecture")
+def test_generation_from_padding_on_the_right_is_refused(family: str) -> None:
+    """transformers would go on counting from the padding."""
+    model, ids = _model(family), prompts(2, 10)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    with pytest.raises(ValueError, match="put padding on the left"):
+        generate(model, ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0)
+
+
+def test_a_head_of_another_task_is_told_too() -> None:
+    base = retrofit(dense_model("llama"), 8, 2)
+    model = LlamaForSequenceClassification(base.config).double().eval()
+    model.model.load_state_dict(base.model.state_dict())
+    ids = prompts(1, TOTAL)
+    ends = torch.tensor([0, 10, TOTAL])
+    found = model(ids, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits
+    check_half_the_digits(found, model(ids[:, 10:]).logits)
+    with pytest.raises(NotImplementedError, match="has no document_ids"):
+        model(ids, document_ids=ids)
