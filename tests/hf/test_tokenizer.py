@@ -92,6 +92,17 @@ def test_a_model_of_bytes_does_not_read_padding() -> None:
     assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape == (2, 7)
 
 
+def test_an_end_token_without_a_row_is_refused() -> None:
+    model = SparseTransformerForCausalLM(
+        SparseTransformerConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    ids = torch.tensor([TOKENIZER("ab" + TOKENIZER.eos_token)["input_ids"]])
+    with pytest.raises(ValueError, match=r"from 97 to 256 and vocab_size=256.*len\(tokenizer\)"):
+        model(ids)
+    with pytest.raises(ValueError, match="input_ids from -1"):
+        model(ids * 0 - 1)
+
+
 def test_an_end_token_is_learnt_with_a_row_for_it() -> None:
     config = SparseTransformerConfig(
         vocab_size=len(TOKENIZER),

@@ -127,7 +127,9 @@ def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
     """Return the tokens of a call, or their embeddings; None if they come under another name."""
     ids = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if ids is None else ids
-    return tokens if isinstance(tokens, Tensor) else None
+    if not isinstance(tokens, Tensor) or tokens.ndim != (3 if ids is None else 2):
+        return None  # Codebooks, for example.
+    return tokens
 
 
 def shape_of(arguments: Mapping[str, Any]) -> tuple[int, int]:

@@ -180,7 +180,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds` are given, the attention
                 mask or what else says where documents are contradicts itself or the tokens, the
-                model has no embedding for a position, or packed rows come with a cache.
+                model has no embedding for a token or a position, or packed rows come with a cache.
             NotImplementedError: A mask is of another kind, another attention is set, or the cache
                 drops positions, is quantised or is offloaded.
         """
@@ -194,7 +194,10 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}.")
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.embedding.token(_without_padding(input_ids, attention_mask))
+            input_ids = _without_padding(input_ids, attention_mask)
+            hint = " A tokenizer's special tokens need vocab_size=len(tokenizer)."
+            _check_range("input_ids", input_ids, "vocab_size", self.config.vocab_size, hint)
+            inputs_embeds = self.embedding.token(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = FixedCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -208,7 +211,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         check_mask(mask)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, seen)
-        self._check_positions(position_ids)
+        limit = self.config.max_position_embeddings
+        _check_range("positions", position_ids, "max_position_embeddings", limit)
         hidden_states = inputs_embeds + self.embedding.positions(position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -218,20 +222,17 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
 
-    def _check_positions(self, position_ids: Tensor) -> None:
-        """Refuse positions without an embedding: an obscure index error, or worse on a GPU."""
-        limit = self.config.max_position_embeddings
-        if torch.compiler.is_compiling():  # A compiler cannot branch on a tensor's contents.
-            return
-        if (
-            position_ids.numel()
-            and not 0 <= int(position_ids.min()) <= int(position_ids.max()) < limit
-        ):
-            raise ValueError(
-                "positions must be in [0, max_position_embeddings), got positions from "
-                f"{int(position_ids.min())} to {int(position_ids.max())} "
-                f"and max_position_embeddings={limit}."
-            )
+
+def _check_range(name: str, numbers: Tensor, setting: str, limit: int, hint: str = "") -> None:
+    """Refuse what has no embedding: an obscure index error, or worse on a GPU."""
+    if torch.compiler.is_compiling() or numbers.numel() == 0:  # It cannot branch on contents.
+        return
+    least, most = int(numbers.min()), int(numbers.max())
+    if not 0 <= least <= most < limit:
+        raise ValueError(
+            f"{name} must be in [0, {setting}), got {name} from {least} to {most} and "
+            f"{setting}={limit}.{hint}"
+        )
 
 
 def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
