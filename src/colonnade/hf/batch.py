@@ -177,7 +177,7 @@ def counted(begins: Bool[Tensor, "batch length"], padding: Tensor | None) -> Int
     """Return the position of each token in its document."""
     token = torch.ones_like(begins) if padding is None else padding
     count = token.long().cumsum(1) - 1
-    return count - torch.where(begins, count, 0).cummax(1).values
+    return count - count.gather(1, last_true(begins).clamp(min=0))
 
 
 def hidden_in(cache: Cache | None, seen: int | Tensor) -> int:
@@ -372,11 +372,21 @@ _HIGHEST = 2**31 - 1
 
 def _before(x: Tensor, padding: Tensor | None) -> tuple[Tensor, Bool[Tensor, "batch length"]]:
     """Return what stands at each token's predecessor, and which tokens have one."""
-    place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
-    token = torch.ones_like(place, dtype=torch.bool) if padding is None else padding
-    last = torch.where(token, place, -1).cummax(1).values
-    last = F.pad(last[:, :-1], (1, 0), value=-1)
+    token = torch.ones_like(x, dtype=torch.bool) if padding is None else padding
+    last = F.pad(last_true(token)[:, :-1], (1, 0), value=-1)
     return x.gather(1, last.clamp(min=0)), token & (last >= 0)
+
+
+def last_true(flags: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
+    """Return the last place up to each at which a flag is set; -1 if there is none.
+
+    A cumulative maximum would say it, but ONNX has none.
+    """
+    place = torch.arange(flags.shape[1], device=flags.device).expand(flags.shape)
+    count = flags.long().cumsum(1)
+    of_count = torch.zeros_like(F.pad(place, (0, 1)))
+    of_count = of_count.scatter(1, torch.where(flags, count, 0), place)
+    return F.pad(of_count[:, 1:], (1, 0), value=-1).gather(1, count)
 
 
 def _is_first(padding: Tensor | None, like: Tensor) -> Bool[Tensor, "batch length"]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
-from colonnade.hf.batch import Batch, batch_of_call
+from colonnade.hf.batch import Batch, batch_of_call, last_true
 from colonnade.hf.cache import CacheOffset, FixedCache
 from colonnade.hf.settings import NAME
 from colonnade.ops.packing import Packing
@@ -146,7 +146,7 @@ def _require_known(
         return seen.expand(batch_size, -1)
 
     begins = ~sees((position - 1).clamp(min=0))
-    first = torch.where(begins, position, 0).cummax(-1).values
+    first = last_true(begins).clamp(min=0)
     after = (position + 1).clamp(max=length - 1)
     known = sees(first) & ~(sees(after) & (after > position))
     torch._assert_async(known.all(), UNKNOWN)

@@ -37,9 +37,14 @@ from colonnade.hf.settings import NAME
 
 
 def watch(model: PreTrainedModel) -> None:
-    """Have every call of the model read, whoever calls it. A second time this does nothing."""
-    for part in (model, model.base_model):
-        if not any(isinstance(hook, _Before) for hook in part._forward_pre_hooks.values()):
+    """Have every call of the model read, whoever calls it. A second time this does nothing.
+
+    Some models call a part of their base, such as its decoder, so every model inside is watched.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not any(
+            isinstance(hook, _Before) for hook in part._forward_pre_hooks.values()
+        ):
             part.register_forward_pre_hook(_Before(part), with_kwargs=True)
             part.register_forward_hook(_after, always_call=True)
 
