@@ -416,6 +416,8 @@ _HARMLESS = {
     *("use_cache", "past_key_values", "cache_params", "cache_position", "return_dict"),
     *("position_embeddings", "logits_to_keep", "token_type_ids", "deterministic"),
     *("ignore_index", "shift_labels"),
+    # Where a forward was replaced by one that takes anything.
+    *("input_ids", "inputs_embeds", "attention_mask", "labels"),
 }
 """Arguments without a place of their own that models pass on, and that change no attention."""
 
