@@ -73,8 +73,8 @@ def set_batch_of_call(batch: Batch | None) -> None:
 def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool) -> Batch:
     """Read where documents begin, from whatever a model is called with.
 
-    A document begins where the positions of a row's tokens go down or stay 0, and where cu_seq_lens
-    or seq_idx says so. Positions that jump forward begin none.
+    A document begins where the positions of a row's tokens go down or stay at the lowest, and where
+    cu_seq_lens or seq_idx says so. Positions that jump forward begin none.
 
     Args:
         arguments: The arguments of the call by name. It has input_ids or inputs_embeds.
@@ -231,7 +231,7 @@ def _after(cache: Any, seen: int | Tensor, positions: Tensor, padding: Tensor | 
     if isinstance(cache, FixedCache):
         restarts = (first == 0) & (torch.tensor(held, device=first.device) > 0)
         return Batch(restarts=restarts if comes is None else restarts & comes)
-    if not all(start < count for start, count in rows):
+    if any(start >= count > 0 for start, count in rows):
         raise NotImplementedError(
             f"all rows must begin a document at once in a {type(cache).__name__}, got position_ids "
             f"that begin at {first.tolist()} for rows with {list(held)} tokens so far. Use a "
