@@ -181,7 +181,6 @@ def test_a_compiled_step_over_a_static_cache(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.plain
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # PyTorch's own
 def test_a_compiled_model_decodes_through_the_small_cache() -> None:
     """The cache breaks the graph, and the results are those without a compiler."""
     model = _model("llama")

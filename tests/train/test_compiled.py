@@ -35,7 +35,6 @@ def _nothing_known() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # PyTorch's own
 @pytest.mark.parametrize(
     ("what", "said"),
     [
