@@ -1,7 +1,8 @@
 # Everything here needs make and Python >= 3.10 with its venv module, and nothing else.
 #
 #   PYTHON    the interpreter that the environment is made from. If it has torch, the environment
-#             takes that torch; else pip installs the one that constraints.txt names.
+#             takes that torch; else pip installs the one that constraints.txt names. The
+#             environments of test-oldest and test-newest never take it.
 #   PIP_ARGS  handed to pip install, such as an index that holds another build of torch.
 #   MINUTES   how long `make demo` trains.
 #   CALLS     how many calls of the operations `make fuzz` draws, BATCHES how many batches for whole
@@ -17,7 +18,10 @@ SEED ?=
 OLD ?=
 ROUNDS ?= 9
 
+# The environment, and the files that pin what is in it. The first file that names a package counts.
+# test-oldest and test-newest have environments of their own.
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.colonnade-stamp
 UNFINISHED := $(VENV)/.colonnade-unfinished
@@ -25,7 +29,7 @@ RUN := runs/demo
 SIDE_BY_SIDE := -n auto --dist loadfile
 
 # The oldest torch that pyproject.toml accepts, as (major, minor).
-HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 FOLDER := import pathlib; print(pathlib.Path(torch.__file__).parents[1])
 OUTSIDE := import sys; assert not torch.__file__.startswith(sys.prefix + "/")
 
@@ -35,7 +39,7 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 CXX ?= c++
 CPP_SOURCES := $(wildcard src/colonnade/backends/native/csrc/*)
 
-.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired structure test test-slow fuzz sanitize lint format clean
+.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired structure test test-oldest test-newest test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
@@ -47,13 +51,15 @@ help:
 	@echo 'make bench-paired  time this checkout against the src folder OLD=, ROUNDS=$(ROUNDS) in turns'
 	@echo 'make structure  count the files that a call goes through, and statements'
 	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
+	@echo 'make test-oldest  the same with the oldest torch and transformers, in .venv-oldest'
+	@echo 'make test-newest  the same with the newest release of everything, in .venv-newest'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make fuzz       CALLS=$(CALLS) drawn calls and BATCHES=$(BATCHES) batches of whole models against the'
 	@echo '                definition; SEED= repeats a run'
 	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint       formatting, lint and types'
 	@echo 'make format     reformat Python and C++, and fix what ruff can fix'
-	@echo 'make clean      remove .venv and caches; runs/ stays'
+	@echo 'make clean      remove environments and caches; runs/ stays'
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON), MINUTES=$(MINUTES), and PIP_ARGS for pip install.'
 
@@ -62,7 +68,7 @@ install: $(STAMP)
 # The stamp comes last, so an interrupted installation is taken up again. What it left may be
 # damaged, hence --clear; an environment that somebody else made and finished is used as it is.
 # --system-site-packages does not reach into an environment that PYTHON belongs to: a .pth does.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@command -v '$(PYTHON)' >/dev/null || \
 	    { echo 'colonnade: there is no "$(PYTHON)" here. Name a Python: make PYTHON=python3.12' >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -80,12 +86,12 @@ $(STAMP): pyproject.toml constraints.txt
 	    fi; \
 	fi; \
 	touch $(UNFINISHED); \
+	taken=; \
 	if $(BIN)/python -c '$(HAS_TORCH); $(OUTSIDE)' 2>/dev/null; then \
 	    echo 'Taking the torch that is installed'; \
-	    grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt; \
-	else \
-	    cp constraints.txt $(VENV)/constraints.txt; \
+	    taken=torch; \
 	fi; \
+	awk -F== -v taken=$$taken 'BEGIN { seen[taken] = 1 } !/^#/ && !seen[$$1]++' $(CONSTRAINTS) >$(VENV)/constraints.txt; \
 	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $(PIP_ARGS) -e '.[all,dev]'; \
 	rm $(UNFINISHED); \
 	touch $(STAMP)
@@ -121,6 +127,14 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu'
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'plain and not slow and not gpu'
 
+# Both ends of what pyproject.toml accepts, each in an environment of its own, which takes no torch
+# from PYTHON. --always-make looks for newer releases in every run.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest HAS_TORCH='assert False' CONSTRAINTS='constraints-oldest.txt constraints.txt'
+
+test-newest:
+	$(MAKE) --always-make test VENV=.venv-newest HAS_TORCH='assert False' CONSTRAINTS=/dev/null PIP_ARGS='--upgrade --upgrade-strategy eager $(PIP_ARGS)'
+
 # pytest exits with 5 when it has nothing to run.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow || \
@@ -146,5 +160,5 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build src/colonnade.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build src/colonnade.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

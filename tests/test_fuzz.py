@@ -14,11 +14,7 @@ from colonnade.hf import batch
 from tests import fuzz
 
 # What it draws is right by construction; the checks of types cost it half of its calls.
-pytestmark = [
-    pytest.mark.plain,
-    # PyTorch's own: forward mode imports a module that uses torch.jit.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-]
+pytestmark = pytest.mark.plain
 
 
 def test_a_few_hundred_drawn_calls(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,7 @@ def test_meta_tensors_give_shapes(backend: str, pattern: Pattern) -> None:
 @pytest.mark.plain
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("part", ["merged", "summary"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Of opcheck, with torch 2.15.
 def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> None:
     """Schema, fake implementation and autograd registration, forward and backward."""
     pattern = FixedPattern(4, 1, part=part, causal=causal)
@@ -147,6 +148,7 @@ def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> No
 
 @pytest.mark.plain
 @pytest.mark.parametrize("reads", ["window", *PARTS])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Of opcheck, with torch 2.15.
 def test_windows_keep_the_compilers_rules(reads: str) -> None:
     inputs = Case(q_len=11).inputs(torch.float32)
     _check_operation(torch.ops.colonnade.windowed_forward, inputs, (4, reads, 0.7, 0.0, None, None))
@@ -170,14 +172,7 @@ def _check_operation(forward: Any, inputs: Inputs, last: tuple[Any, ...]) -> Non
     "compiler",
     [
         "aot_eager",
-        pytest.param(
-            "inductor",
-            marks=[
-                pytest.mark.slow,
-                # PyTorch's own: inductor imports a module that uses torch.jit.
-                pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-            ],
-        ),
+        pytest.param("inductor", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(

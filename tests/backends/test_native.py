@@ -248,6 +248,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None
 
 @pytest.mark.plain
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Of opcheck, with torch 2.15.
 def test_the_operations_keep_the_compilers_rules(part: Any) -> None:
     """Schema, fake implementation and autograd registration, forward and backward."""
     case = Case(FixedPattern(4, 1, part=part), q_len=11)

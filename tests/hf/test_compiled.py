@@ -23,7 +23,6 @@ from tests.hf.test_batches import HOLES, SETTINGS
 pytestmark = [
     pytest.mark.plain,
     # PyTorch's own: its compiler uses what it warns of.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
 ]
 LENGTHS = (40, 41, 57, 33)

@@ -26,11 +26,7 @@ from colonnade import (
     explain,
 )
 
-pytestmark = [
-    pytest.mark.plain,
-    # PyTorch's own: forward mode imports a module that uses torch.jit.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-]
+pytestmark = pytest.mark.plain
 
 PATTERNS: tuple[Pattern, ...] = (
     FixedPattern(4, 1),

@@ -35,7 +35,6 @@ def _nothing_known() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # PyTorch's own
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -55,6 +54,15 @@ def test_a_compiler_is_tried_out(what: str | None, said: str, tmp_path: Path) ->
         reason = run.reason_not_compiled()
     assert said in str(reason)
     assert "\n" not in str(reason)
+
+
+def test_a_torch_for_gpus_is_tried_out_on_the_cpu_where_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "none"), "fx_graph_cache": False}):
+        assert "No working C++ compiler" in str(run.reason_not_compiled())
 
 
 def test_without_a_usable_compiler_a_run_goes_on(

@@ -413,7 +413,7 @@ def _require(condition: Tensor, rule: str, got: Callable[[], str]) -> None:
 
 _HARMLESS = {
     *TransformersKwargs.__annotations__,
-    *("use_cache", "past_key_values", "cache_params", "cache_position", "return_dict"),
+    *("use_cache", "past_key_values", "cache", "cache_params", "cache_position", "return_dict"),
     *("position_embeddings", "logits_to_keep", "token_type_ids", "deterministic"),
     *("ignore_index", "shift_labels"),
     # Where a forward was replaced by one that takes anything.

@@ -112,7 +112,7 @@ class SparseTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "sparse_transformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     # The names under which attn_implementation="colonnade" looks for its settings in every model.
     attribute_map: ClassVar[dict[str, str]] = {
         "colonnade_stride": "stride",

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.mask import PatternMask, check_mask
+from colonnade.hf.names import CACHE, takes_either_name
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.nn import ImageEmbedding, ResidualBlock, SelfAttention, TextEmbedding
 
@@ -49,6 +50,7 @@ class SparseTransformerAttention(nn.Module):
             config.attention_dropout,
         )
 
+    @takes_either_name
     def forward(
         self,
         hidden_states: Tensor,
@@ -96,7 +98,7 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # transformers reads these as plain lists and dicts.
     _no_split_modules = ["SparseTransformerLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": SparseTransformerLayer}  # noqa: RUF012
 
@@ -161,6 +163,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         assert isinstance(value, nn.Embedding)
         self.embedding.token = value
 
+    @takes_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -202,11 +205,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             past_key_values = FixedCache(self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids
         )
         check_mask(mask)
         if position_ids is None:
@@ -214,13 +213,10 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         limit = self.config.max_position_embeddings
         _check_range("positions", position_ids, "max_position_embeddings", limit)
         hidden_states = inputs_embeds + self.embedding.positions(position_ids)
+        kwargs[CACHE] = past_key_values
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, attention_mask=mask, past_key_values=past_key_values, **kwargs
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+            hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
 
 def _check_range(name: str, numbers: Tensor, setting: str, limit: int, hint: str = "") -> None:
@@ -280,14 +276,15 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
                 "Leave it out: the model's own cache is small."
             )
         wants_ours = kind in (None, "dynamic") and generation_config.use_cache is not False
-        if wants_ours and model_kwargs.get("past_key_values") is None:
-            cache = model_kwargs["past_key_values"] = FixedCache(self.config)
+        if wants_ours and model_kwargs.get(CACHE) is None:
+            cache = model_kwargs[CACHE] = FixedCache(self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             return
         inherited: Any = super()._prepare_cache_for_generation  # type: ignore[misc]  # Its self type.
         inherited(generation_config, model_kwargs, *args)
 
+    @takes_either_name
     @can_return_tuple
     def forward(
         self,
@@ -309,8 +306,8 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
                 tokens give what they would give alone.
             position_ids: [batch or 1, seq_len]; counted from each row's first token if None.
                 A row whose positions restart is packed: no document attends to another.
-            past_key_values: Keys and values of earlier positions. If it is None and `use_cache` is
-                set, a new `FixedCache`.
+            past_key_values: Keys and values of earlier positions, which may be given as `cache`
+                too. If it is None and `use_cache` is set, a new `FixedCache`.
             inputs_embeds: [batch, seq_len, hidden_size], instead of `input_ids`.
             labels: [batch, seq_len]; label t is compared with the prediction from position t - 1,
                 and labels of -100 are left out.
@@ -344,9 +341,5 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss, logits, outputs.get(CACHE), outputs.hidden_states, outputs.attentions
         )

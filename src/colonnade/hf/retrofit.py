@@ -15,7 +15,6 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, SupportsIndex, TypeVar
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from colonnade.hf.checkpoint import write_name
@@ -96,7 +95,9 @@ def retrofit(
 
 def _layer_index(layer: SupportsIndex) -> int:
     """Return an integer of Python, NumPy or PyTorch as an int; a bool is none."""
-    if not isinstance(layer, bool) and getattr(layer, "dtype", None) != torch.bool:
+    # NumPy 2.2, the newest on Python 3.10, takes its bool as an index, and only warns.
+    is_bool = isinstance(layer, bool) or str(getattr(layer, "dtype", "")).endswith("bool")
+    if not is_bool:
         with suppress(TypeError):
             return operator.index(layer)
     raise TypeError(f"layers must be integers, got {layer!r} in layers.")

@@ -33,6 +33,7 @@ from colonnade.hf.batch import (
 )
 from colonnade.hf.cache import check_cache
 from colonnade.hf.mask import PatternMask
+from colonnade.hf.names import CACHE
 from colonnade.hf.settings import NAME
 
 
@@ -61,17 +62,20 @@ class _Before:
         if module.config._attn_implementation != NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
             return None
         outer = batch_of_call()
-        arguments = dict(zip(self.names, given, strict=False)) | named
-        told = {name: arguments[name] for name in NAMES if arguments.get(name) is not None}
+        call = dict(zip(self.names, given, strict=False)) | named
+        told = {name: call[name] for name in NAMES if call.get(name) is not None}
         # The hook behind the call takes it away again.
         set_batch_of_call(Batch(outer=outer, told=told, is_read=False))
-        for argument in arguments.values():
+        for argument in call.values():
             if isinstance(argument, Cache):
                 check_cache(argument, module)
         refuse_unknown({key: named[key] for key in named if key not in self.names})
-        tokens = tokens_of(arguments)
+        tokens = tokens_of(call)
         if getattr(module, "base_model", module) is not module or tokens is None:
             return None  # What is in it reads for itself.
+        arguments = call
+        if call.get("past_key_values") is None:
+            arguments = call | {"past_key_values": call.get(CACHE)}
         if outer is not None and outer.told and not told:
             arguments = outer.told | arguments  # Some heads keep to themselves what they are told.
         said = (tokens, *map(arguments.get, SAID))
@@ -81,9 +85,7 @@ class _Before:
         batch, changes = self.read(arguments)
         said = (tokens, *map((arguments | changes).get, SAID))
         set_batch_of_call(replace(batch, outer=outer, said=said))
-        return (
-            ((), dict(zip(self.names, given, strict=False)) | named | changes) if changes else None
-        )
+        return ((), call | changes) if changes else None
 
     def read(self, arguments: Mapping[str, Any]) -> tuple[Batch, dict[str, Any]]:
         """Return the batch, and arguments that say what the caller left open."""

@@ -128,7 +128,8 @@ def resume(folder: Path, say: Callable[[str], None] = print) -> BitsTrainer:
 @functools.cache
 def reason_not_compiled() -> str | None:
     """Return why torch.compile does not work here, in one line; None: it does. It is tried out."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # Unchecked, a build of torch for GPUs names one even where there is none.
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
     except (RuntimeError, OSError, ValueError) as error:  # Of PyTorch, of files, of encodings.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from colonnade.hf import FixedCache
+from colonnade.hf.names import CACHE
 
 
 @dataclass
@@ -90,7 +91,7 @@ def continue_bytes(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=written,
-            past_key_values=cache,
+            **{CACHE: cache},
             streamer=stream,
             **options,
         )

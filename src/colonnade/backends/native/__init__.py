@@ -25,6 +25,7 @@ from torch import Tensor
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.native import build as library
 from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
+from colonnade.backends.tracing.constant import constant_when_compiled
 from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define_attention, fake_forward
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -32,13 +33,10 @@ from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+@constant_when_compiled
 def reason_unusable(build: bool = True) -> str | None:
     """Return why nothing runs here, as a clause; None: it runs. See `build.reason_unusable`."""
     return library.reason_unusable(build)
-
-
-# What torch.compiler.assume_constant_result does, which loads all of torch._dynamo.
-reason_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | None:

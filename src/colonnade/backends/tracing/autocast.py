@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colonnade.backends.tracing.constant import constant_when_compiled
+
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that autocast casts; it leaves float64 alone."""
 
@@ -30,4 +32,9 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 def _autocasts(device: str) -> bool:
     """Whether autocast is on; some devices, such as "meta", know none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@constant_when_compiled  # The compiler of torch 2.11 cannot trace what this calls.
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
