@@ -217,6 +217,20 @@ def test_mapping_draws_as_it_is_told_to(pattern: Pattern, randomness: str) -> No
     assert all(torch.equal(first, other) == (randomness == "same") for other in others)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_each_row_of_a_mapping_may_have_its_own_documents(pattern: Pattern) -> None:
+    x = torch.randn(11, 2, 8)
+    cu_seqlens = torch.tensor([[0, 3, 11], [0, 7, 11]])
+
+    def attend(backend: str) -> Function:
+        return lambda ends: attention_varlen(x, x, x, ends, pattern, backend=backend)
+
+    expected = torch.stack([attend("reference")(ends) for ends in cu_seqlens])
+    torch.testing.assert_close(torch.vmap(attend("auto"))(cu_seqlens), expected)
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap maps it\. Use backend='eager'"):
+        torch.vmap(attend("reference"))(cu_seqlens)
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: _forward_mode(f, x)])
 def test_compiled_transformations_are_right(transform: Callable[[Function], Function]) -> None:
     x = _x()

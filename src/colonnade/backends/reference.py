@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Kept, Packed, Seen, Whole
 from colonnade.backends.documents import by_documents
+from colonnade.backends.tracing.operation import contents
 from colonnade.pattern import FixedPattern
 from colonnade.plan.kept import kept_positions
 from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, SeenMask, Value
@@ -31,6 +32,11 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> None:
 def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v under a dense mask, and the log of its denominator."""
     if isinstance(call.keys, Packed):
+        if contents(call.keys.cu_seqlens) is None:
+            raise NotImplementedError(
+                "backend 'reference' looks into cu_seqlens, which has no contents here: it is a "
+                "meta or fake tensor, or torch.vmap maps it. Use backend='eager'."
+            )
         alone = call._replace(keys=Whole())
         out, lse = by_documents(
             lambda q, k, v: attend(q, k, v, alone), call.keys.cu_seqlens, query, key, value
