@@ -133,18 +133,24 @@ def _refuse_adapter(path: str | PathLike[str], shared: dict[str, Any]) -> None:
 
 
 def _watch(model: PreTrainedModel) -> None:
-    """Make the model refuse caches that would do nothing for the pattern.
+    """Make the model refuse caches that would do nothing for the pattern, and output_attentions.
 
     A hook has to look, because transformers shows neither the mask function nor the attention
-    function the cache.
+    function the cache, and some models drop output_attentions on the way to it.
     """
     base = model.base_model
-    if _check_cache_of_call not in base._forward_pre_hooks.values():  # It is chosen many times.
-        base.register_forward_pre_hook(_check_cache_of_call, with_kwargs=True)
+    if _check_inputs not in base._forward_pre_hooks.values():  # It is chosen many times.
+        base.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
 
-def _check_cache_of_call(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+def _check_inputs(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     if module.config._attn_implementation == NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
+        if named.get("output_attentions", getattr(module.config, "output_attentions", False)):
+            raise NotImplementedError(
+                f"attn_implementation={NAME!r} never forms the weights that output_attentions=True "
+                "asks for. Leave it out; where you need weights, compute them from queries and "
+                "keys under pattern.mask(seq_len)."
+            )
         for argument in (*given, *named.values()):
             if isinstance(argument, Cache):
                 check_cache(argument, module)
