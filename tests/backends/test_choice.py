@@ -249,13 +249,14 @@ def test_an_explanation_names_what_the_same_call_runs(
             return module(*arguments)
 
         monkeypatch.setattr(module, "attend", attend)
-    tensors: tuple[Tensor, ...] = Case(pattern).inputs(torch.float32)[:3]
+    tensors: Any = Case(pattern).inputs(torch.float32)[:3]
     call: Any = attention
     if "cu_seqlens" in options:
         tensors, call = tuple(t[0].transpose(0, 1) for t in tensors), attention_varlen
-    found = explain(*tensors, pattern, **options)
+    query, key, value = tensors
+    found = explain(query, key, value, pattern, **options)
     assert ran == []
-    call(*tensors, pattern=pattern, **options)
+    call(query, key, value, pattern=pattern, **options)
     assert ran[0] == found.backend
 
 

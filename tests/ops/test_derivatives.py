@@ -226,9 +226,20 @@ def test_each_row_of_a_mapping_may_have_its_own_documents(pattern: Pattern) -> N
         return lambda ends: attention_varlen(x, x, x, ends, pattern, backend=backend)
 
     expected = torch.stack([attend("reference")(ends) for ends in cu_seqlens])
-    torch.testing.assert_close(torch.vmap(attend("auto"))(cu_seqlens), expected)
-    with pytest.raises(NotImplementedError, match=r"torch\.vmap maps it\. Use backend='eager'"):
-        torch.vmap(attend("reference"))(cu_seqlens)
+    for backend in ("auto", "eager", "reference"):
+        torch.testing.assert_close(torch.vmap(attend(backend))(cu_seqlens), expected)
+
+
+def test_a_mapping_over_documents_needs_a_pattern() -> None:
+    """An object that has only a mask draws one for each length, which nobody knows there."""
+
+    class Mask:
+        def mask(self, seq_len: int, num_heads: int) -> Tensor:
+            return torch.ones(num_heads, seq_len, seq_len, dtype=torch.bool)
+
+    x = torch.randn(11, 2, 8)
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap maps it.*Use a Pattern"):
+        torch.vmap(lambda ends: attention_varlen(x, x, x, ends, Mask()))(torch.tensor([[0, 11]]))
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: _forward_mode(f, x)])

@@ -79,9 +79,20 @@ def _reason_declined(name: str, query: Query, key: Key, value: Value, call: Call
         # Outside of every dual level, which is nearly always, there is nothing to look at.
         if forward_ad._current_level >= 0 and has_tangent(query, key, value):
             return "has no derivatives in forward mode, and one was asked for"
-        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return "runs in torch.func's transformations, but not where they are compiled"
+        if torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                return "runs in torch.func's transformations, but not where they are compiled"
+            if _is_for_onnx():
+                return "is made of operations that ONNX does not have"
     return BACKENDS[name].reason_declined(query, key, value, call)
+
+
+def _is_for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# A compiler would take the question itself for False; see `native.reason_unusable`.
+_is_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_backend(backend: str) -> None:

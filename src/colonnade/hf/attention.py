@@ -142,11 +142,15 @@ def _asked_documents(
         return seen.expand(batch_size, -1)
 
     begins = ~sees((position - 1).clamp(min=0))
-    first = torch.where(begins, position, 0).cummax(-1).values
+    document = begins.long().cumsum(-1)
+    first = torch.zeros_like(document).scatter_reduce(
+        1, document, position.expand_as(document), "amin", include_self=False
+    )
+    first = first.gather(1, document)  # No cumulative maximum: ONNX has none.
     after = (position + 1).clamp(max=length - 1)
     known = sees(first) & ~(sees(after) & (after > position))
     torch._assert_async(known.all(), _UNKNOWN)
-    return begins.long().cumsum(-1)
+    return document
 
 
 _PACKED_CODE = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
