@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, Pattern, StridedPattern
 from colonnade.cost import Sizes, cost
@@ -232,6 +237,14 @@ def test_transformed_attention_is_counted_too(pattern: Pattern) -> None:
 
     found = split(counted(mapped, torch.stack([query] * 3)))
     assert found == expected(replace(case, batch=3 * case.batch), int(case.mask().sum()))
+
+
+def test_a_formula_takes_what_inductor_adds() -> None:
+    case = Case(LocalPattern(4))
+    inputs = *case.inputs()[:3], 4, "window", 1.0, 0.0, None, None
+    formula = flop_registry[torch.ops.colonnade.windowed_forward]
+    found = formula(*inputs, out_val=None, _node_meta={})
+    assert found == expected(case, int(case.mask().sum()))[0]
 
 
 def test_modules_are_told_apart() -> None:

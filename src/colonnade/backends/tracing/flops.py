@@ -49,7 +49,7 @@ def count_attention(name: str, pairs: Pairs, num_saved: int) -> None:
 
 
 def count_forward(name: str, pairs: Pairs) -> None:
-    """Give an operation its formula that has no backward."""
+    """Give an operation without a backward its formula."""
 
     def forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> int:
         return _flops(pairs, query, key, key.shape[3] + value.shape[3], options)
@@ -80,7 +80,8 @@ def _number(size: Any) -> Any:
 def _count(name: str, formula: Callable[..., int]) -> None:
     """Register the formula of an operation, now or as soon as PyTorch's counter is imported."""
     operation = getattr(torch.ops.colonnade, name.removeprefix("colonnade::"))
-    _formulas[operation] = lambda *inputs, out_val: formula(*inputs)
+    # By name come the results and, from inductor, notes on a node.
+    _formulas[operation] = lambda *inputs, **_: formula(*inputs)
     if COUNTER in sys.modules:
         _register(sys.modules[COUNTER])
 
