@@ -62,10 +62,11 @@ def may_decide(tensor: Tensor) -> bool:
 
     A mode that looks on, such as a counter, does not mind; a compiler or a tracer would.
     """
-    if contents(tensor) is None or not is_tracing():
-        return contents(tensor) is not None
-    modes = _get_current_dispatch_mode_stack()
-    return may_be_counted() and not any(mode.is_infra_mode() for mode in modes)
+    if torch.compiler.is_compiling() or contents(tensor) is None:
+        return False
+    if not is_in_torch_dispatch_mode():
+        return True
+    return not any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
 def has_tangent(*tensors: Tensor) -> bool:
