@@ -17,9 +17,11 @@ from colonnade import (
     Pattern,
     StridedPattern,
     attention,
+    attention_varlen,
     backends,
     explain,
 )
+from colonnade.backends import choice
 from colonnade.pattern import Part
 from tests import oracle
 from tests.cases import (
@@ -216,6 +218,55 @@ def test_compiled_full_attention_without_the_lse(causal: bool) -> None:
     query, key, value = case.inputs(torch.float32)[:3]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query, key, value), run(query, key, value))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dropout_p": 0.1},
+        {"scale": 0.0, "return_lse": True},
+        {"backend": "reference", "dropout_p": 0.5},
+        {"cu_seqlens": torch.tensor([0, 5, 13])},
+        {"cu_seqlens": torch.tensor([0, 5, 13]), "dropout_p": 0.1, "backend": "eager"},
+    ],
+    ids=str,
+)
+@each_pattern
+def test_an_explanation_names_what_the_same_call_runs(
+    pattern: Pattern, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name, module in choice.BACKENDS.items():
+
+        def attend(*arguments: Any, name: str = name, module: Any = module.attend) -> Any:
+            ran.append(name)
+            return module(*arguments)
+
+        monkeypatch.setattr(module, "attend", attend)
+    tensors: Any = Case(pattern).inputs(torch.float32)[:3]
+    call: Any = attention
+    if "cu_seqlens" in options:
+        tensors, call = tuple(t[0].transpose(0, 1) for t in tensors), attention_varlen
+    query, key, value = tensors
+    found = explain(query, key, value, pattern, **options)
+    assert ran == []
+    call(query, key, value, pattern=pattern, **options)
+    assert ran[0] == found.backend
+
+
+@pytest.mark.skipif(backends()["native"] is not None, reason="needs native")
+def test_an_explanation_says_what_dropout_costs() -> None:
+    found = explain(*Case().inputs(torch.float32)[:3], FixedPattern(4, 1), dropout_p=0.1)
+    assert found.backend == "eager"
+    assert found.others["native"] == "it has no dropout, got dropout_p=0.1"
+    with pytest.raises(NotImplementedError, match=r"no dropout.*Use backend='eager'"):
+        explain(
+            *Case().inputs(torch.float32)[:3],
+            FixedPattern(4, 1),
+            dropout_p=0.1,
+            backend="native",
+        )
 
 
 def test_an_explanation_is_a_value() -> None:

@@ -111,6 +111,9 @@ def test_an_explanation_names_what_then_runs(monkeypatch: pytest.MonkeyPatch) ->
     assert "it has no gradients" in str(
         KVCache(MERGED).explain(*each(Tensor.requires_grad_, span(tensors, 0, 1)))
     )
+    # What `append` and `read` would do.
+    dropped = KVCache(MERGED).explain(*span(tensors, 0, 1), scale=0.5, dropout_p=0.1)
+    assert "it has no dropout, got dropout_p=0.1" in str(dropped)
 
 
 @needs_native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -156,3 +157,21 @@ def test_a_layer_that_does_not_bring_its_keys_to_the_cache_is_refused() -> None:
     more, mores = (torch.cat([t, t[:, :, :1]], 2) for t in (keys, values))
     with pytest.raises(ValueError, match="got 12 of 13 from it"):
         attention_function(attention, query, more, mores, PatternMask(cache=cache))
+
+
+@pytest.mark.parametrize("family", ["sparse", "llama", "gpt2"])
+@pytest.mark.parametrize("way", ["call", "base model", "generate", "configuration"])
+def test_weights_are_refused_for_they_are_never_formed(way: str, family: str) -> None:
+    """GPT-2 drops the argument before it calls an attention."""
+    sparse = family == "sparse"
+    model: Any = random_model() if sparse else retrofit(dense_model(family), 8, 2)
+    ids, called = prompts(1, 9), model
+    ask: dict[str, Any] = {"output_attentions": True}
+    if way == "base model":
+        called = model.base_model
+    elif way == "generate":
+        called = partial(generate, model, max_new_tokens=2, return_dict_in_generate=True)
+    elif way == "configuration":  # Its setter refuses in transformers' words.
+        model.config._output_attentions, ask = True, {}
+    with pytest.raises(NotImplementedError, match=r"weights.*output_attentions.*pattern\.mask"):
+        called(ids, **ask)

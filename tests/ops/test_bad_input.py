@@ -158,8 +158,12 @@ def test_tensors(
     ],
 )
 def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    options = {"pattern": FIXED} | options
     with pytest.raises(error, match=message):
-        attention(*_shaped(), **({"pattern": FIXED} | options))
+        attention(*_shaped(), **options)
+    if not isinstance(options["pattern"], _Drawn):  # Nothing is drawn to explain.
+        with pytest.raises(error, match=message):
+            explain(*_shaped(), **options)
 
 
 PACKED = {"query": (6, 4, 8), "key": (6, 2, 8), "value": (6, 2, 8)}
@@ -176,6 +180,8 @@ def test_what_cu_seqlens_says(lengths: list[int], backend: str) -> None:
         ValueError, match=r"cu_seqlens must .*got cu_seqlens\[-?\d\]=-?\d"
     ) as raised:
         attention_varlen(query, key, value, cu_seqlens, FIXED, backend=backend)
+    with pytest.raises(ValueError, match=r"cu_seqlens must .*got cu_seqlens\[-?\d\]=-?\d"):
+        explain(query, key, value, FIXED, cu_seqlens=cu_seqlens, backend=backend)
     assert any(str(number) in str(raised.value) for number in lengths)
 
 
@@ -208,6 +214,9 @@ def test_packed(changes: dict[str, Any], error: type[Exception], message: str) -
     arguments |= {"cu_seqlens": GOOD, "pattern": FIXED} | changes
     with pytest.raises(error, match=message):
         attention_varlen(**arguments)
+    if arguments["cu_seqlens"] is not None:
+        with pytest.raises(error, match=message):
+            explain(**arguments)
 
 
 HUGE = 2**40
@@ -241,13 +250,6 @@ def test_mistakes_are_met_before_anything_large_is_made(
     }
     with pytest.raises(error):
         attention(**({**tensors, "pattern": FIXED} | changes))
-
-
-def test_explain_checks_the_pattern_too() -> None:
-    query, key, value = _shaped()
-    pattern: Any = None
-    with pytest.raises(TypeError, match=r"pattern must be a Pattern.*got a NoneType"):
-        explain(query, key, value, pattern)
 
 
 @pytest.mark.parametrize(

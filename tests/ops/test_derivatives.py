@@ -213,6 +213,31 @@ def test_mapping_draws_as_it_is_told_to(pattern: Pattern, randomness: str) -> No
     assert all(torch.equal(first, other) == (randomness == "same") for other in others)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_each_row_of_a_mapping_may_have_its_own_documents(pattern: Pattern) -> None:
+    x = torch.randn(11, 2, 8)
+    cu_seqlens = torch.tensor([[0, 3, 11], [0, 7, 11]])
+
+    def attend(backend: str) -> Function:
+        return lambda ends: attention_varlen(x, x, x, ends, pattern, backend=backend)
+
+    expected = torch.stack([attend("reference")(ends) for ends in cu_seqlens])
+    for backend in ("auto", "eager", "reference"):
+        torch.testing.assert_close(torch.vmap(attend(backend))(cu_seqlens), expected)
+
+
+def test_a_mapping_over_documents_needs_a_pattern() -> None:
+    """An object that has only a mask draws one for each length, which nobody knows there."""
+
+    class Mask:
+        def mask(self, seq_len: int, num_heads: int) -> Tensor:
+            return torch.ones(num_heads, seq_len, seq_len, dtype=torch.bool)
+
+    x = torch.randn(11, 2, 8)
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap maps it.*Use a Pattern"):
+        torch.vmap(lambda ends: attention_varlen(x, x, x, ends, Mask()))(torch.tensor([[0, 11]]))
+
+
 @pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: _forward_mode(f, x)])
 def test_compiled_transformations_are_right(transform: Callable[[Function], Function]) -> None:
     x = _x()

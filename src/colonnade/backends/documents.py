@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.operation import contents
 from colonnade.shapes import CuSeqlens
 
 
@@ -47,6 +48,16 @@ def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
             f"cu_seqlens[-1]={ends[-1]} for {total} tokens."
         )
     return Documents(lengths[lengths > 0])
+
+
+def lengths_to_count(cu_seqlens: CuSeqlens | None, total: int) -> list[int]:
+    """Return the lengths of documents; of one that is everything where nobody knows them.
+
+    No documents have more pairs than that one.
+    """
+    known = contents(cu_seqlens)
+    lengths: list[int] = [total] if known is None else documents_of(known, total).lengths.tolist()
+    return lengths
 
 
 def by_documents(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from colonnade.backends.documents import Documents, documents_of
+from colonnade.backends.tracing.flops import Sizes
+from colonnade.backends.tracing.operation import contents
 from colonnade.pattern import FixedPattern, Part
-from colonnade.plan.table import Plan, fixed_plan, packed_plan
+from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan
 
 
 class PlanOptions(NamedTuple):
@@ -49,6 +51,20 @@ def make_plan(options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int
     """
     documents = None if options.cu_seqlens is None else documents_of(options.cu_seqlens, kv_len)
     return _kept(options._replace(cu_seqlens=None), q_len, kv_len, documents, tuple(heads))
+
+
+def count_pairs(sizes: Sizes, *options: Any) -> int:
+    """Return the `tracing.flops.Pairs` of an operation whose first options are `PLAN_SCHEMA`.
+
+    Documents whose boundaries nobody knows are counted as one, which has no fewer pairs.
+    """
+    asked = PlanOptions(*options[: len(PlanOptions._fields)])
+    asked = asked._replace(cu_seqlens=contents(asked.cu_seqlens))
+    plans = [
+        make_plan(asked, sizes.q_len, sizes.kv_len, heads)
+        for heads in heads_by_plan(asked.pattern, sizes.kv_heads)
+    ]
+    return sizes.batch * sum(plan.num_pairs() for plan in plans)
 
 
 @functools.lru_cache(maxsize=16)

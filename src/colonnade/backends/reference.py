@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Kept, Packed, Seen, Whole
 from colonnade.backends.documents import by_documents
-from colonnade.pattern import FixedPattern
+from colonnade.backends.tracing.operation import may_decide
+from colonnade.pattern import FixedPattern, HasMask, Pattern
 from colonnade.plan.kept import kept_positions
-from colonnade.shapes import Key, LogSumExp, Mask, Output, Query, SeenMask, Value
+from colonnade.shapes import CuSeqlens, Key, LogSumExp, Mask, Output, Query, SeenMask, Value
 
 
 def reason_unusable(build: bool = True) -> None:
@@ -30,7 +31,7 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> None:
 
 def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v under a dense mask, and the log of its denominator."""
-    if isinstance(call.keys, Packed):
+    if isinstance(call.keys, Packed) and may_decide(call.keys.cu_seqlens):
         alone = call._replace(keys=Whole())
         out, lse = by_documents(
             lambda q, k, v: attend(q, k, v, alone), call.keys.cu_seqlens, query, key, value
@@ -66,10 +67,28 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
         kept = [kept_positions(pattern, seq_len, keys.reduced, h) for h in range(num_kv_heads)]
         whole = pattern.mask(seq_len, num_kv_heads)
         mask = torch.stack([whole[head][:, positions] for head, positions in enumerate(kept)])
+    elif isinstance(keys, Packed):
+        mask = _mask_of_documents(pattern, keys.cu_seqlens, kv_len, num_kv_heads)
     else:
         shape = num_kv_heads, kv_len, kv_len
         mask = _checked(pattern.mask(kv_len, num_kv_heads), shape)
     return mask[None, :, mask.shape[1] - q_len :]
+
+
+def _mask_of_documents(pattern: HasMask, ends: CuSeqlens, total: int, num_kv_heads: int) -> Mask:
+    """Mark what is read inside each document, where nobody may look at how long they are."""
+    if not isinstance(pattern, Pattern):
+        raise NotImplementedError(
+            "an object that has only a mask needs the lengths of documents, and cu_seqlens has no "
+            "contents here: it is a meta or fake tensor, torch.vmap maps it, or a compiler holds "
+            "it. Use a Pattern, or attention for each document."
+        )
+    position = torch.arange(total, device=ends.device)
+    document = (position[:, None] >= ends[1:]).sum(1)
+    inside = position - ends[document]
+    together = document[:, None] == document
+    read = [pattern.reads(inside[:, None], inside, head) for head in range(num_kv_heads)]
+    return torch.stack(read) & together
 
 
 def _checked(mask: Mask, shape: tuple[int, int, int]) -> Mask:

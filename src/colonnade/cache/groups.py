@@ -10,6 +10,7 @@ from torch import Tensor
 from colonnade.backends.call import Call
 from colonnade.backends.choice import choose
 from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.operation import contents
 from colonnade.cache.store import KeysAndValues, Store
 from colonnade.ops.check import check_padding
 from colonnade.ops.heads import Patterns, check_patterns, head_groups
@@ -114,6 +115,11 @@ class Groups:
         counts, is_token = [length] * batch, None
         if padding_mask is not None:
             check_padding(padding_mask, "the new positions", (batch, length))
+            if contents(padding_mask) is None:
+                raise NotImplementedError(
+                    "a cache counts the tokens in padding_mask, which has no contents here: it is "
+                    "a meta or fake tensor, or torch.vmap maps it. Leave it out."
+                )
             counts = _num_tokens(padding_mask)
             if any(count < length for count in counts):
                 # A copy: it is read again with the entries, whatever becomes of the caller's.

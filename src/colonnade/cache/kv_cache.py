@@ -295,8 +295,13 @@ class KVCache:
         key: Key,
         value: Value,
         padding_mask: Bool[Tensor, "batch q_len"] | None = None,
+        *,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
     ) -> Explanation | tuple[Explanation, ...]:
         """Say which backend `attend` would take for these positions, and why not each other one.
+
+        With `dropout_p`, which `attend` has not, it is that of `append` and `read`.
 
         Returns:
             One explanation, or with a tuple of patterns one for each.
@@ -306,7 +311,7 @@ class KVCache:
         """
         query, key, value = cast_as_autocast_would(query, key, value)
         check_tensors(query, key, value)
-        call = make_call(query, self._patterns[0])
+        call = make_call(query, self._patterns[0], scale, dropout_p)
         step = self._groups.check_new(key, value, padding_mask)
         found = tuple(
             explain_call(*tensors, of_heads, self.backend)

@@ -69,6 +69,12 @@ class _Before:
         for argument in call.values():
             if isinstance(argument, Cache):
                 check_cache(argument, module)
+        if call.get("output_attentions", getattr(module.config, "output_attentions", False)):
+            raise NotImplementedError(
+                f"attn_implementation={NAME!r} never forms the weights that output_attentions=True "
+                "asks for. Leave it out; where you need weights, compute them from queries and "
+                "keys under pattern.mask(seq_len)."
+            )
         refuse_unknown({key: named[key] for key in named if key not in self.names})
         tokens = tokens_of(call)
         if getattr(module, "base_model", module) is not module or tokens is None:

@@ -6,11 +6,16 @@ the plan and calls its kernel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, overload
+
+from torch import Tensor
 
 from colonnade.backends.call import Packed
 from colonnade.backends.choice import Explanation, explain_call, run
+from colonnade.backends.documents import documents_of
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
+from colonnade.backends.tracing.operation import contents
 from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_call
 from colonnade.pattern import HasMask
 from colonnade.shapes import (
@@ -178,7 +183,7 @@ def attention_varlen(
     check_packed_tensors(query, key, value)
     check_cu_seqlens(cu_seqlens)
     call = make_call(query, pattern, scale, dropout_p, return_lse, Packed(cu_seqlens))
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    q, k, v = _as_one_row(query, key, value)
     out, lse = run(q, k, v, call, backend)
     # squeeze, for the gradient of out[0] would be a copy into zeros.
     out = out.squeeze(0).transpose(0, 1)
@@ -188,12 +193,51 @@ def attention_varlen(
     return out, lse.squeeze(0)
 
 
-def explain(query: Query, key: Key, value: Value, pattern: HasMask) -> Explanation:
-    """Say which backend `attention` takes for these inputs, and why not each other one.
+def _as_one_row(*tensors: Tensor) -> Iterator[Tensor]:
+    """Lay [total, heads, head_dim] out as [1, heads, total, head_dim]."""
+    return (t.transpose(0, 1)[None] for t in tensors)
+
+
+def explain(
+    query: Query | PackedQuery,
+    key: Key | PackedKey,
+    value: Value | PackedValue,
+    pattern: HasMask,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens: CuSeqlens | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Explanation:
+    """Say which backend the same call would take, and why not each other one. Nothing is computed.
+
+    The call is `attention`, or `attention_varlen` if there are `cu_seqlens`; so are the arguments
+    and their checks.
+
+    Args:
+        query: [batch, heads, q_len, qk_dim]; with `cu_seqlens` [total, heads, qk_dim].
+        key: [batch, kv_heads, kv_len, qk_dim]; with `cu_seqlens` [total, kv_heads, qk_dim].
+        value: [batch, kv_heads, kv_len, v_dim]; with `cu_seqlens` [total, kv_heads, v_dim].
+        pattern: The positions that each position reads.
+        scale: Factor on the scores; 1/sqrt(qk_dim) if None.
+        dropout_p: Dropout on the weights.
+        cu_seqlens: [documents + 1]: 0, then where each document ends.
+        return_lse: Whether the log-sum-exp is wanted as well.
+        backend: "auto", or a name from `backends()`.
 
     Raises:
-        TypeError, ValueError: As `attention` for the same inputs.
+        TypeError, ValueError, NotImplementedError: As the call.
     """
     query, key, value = cast_as_autocast_would(query, key, value)
-    check_tensors(query, key, value)
-    return explain_call(query, key, value, make_call(query, pattern))
+    if cu_seqlens is None:
+        check_tensors(query, key, value)
+        call = make_call(query, pattern, scale, dropout_p, return_lse)
+    else:
+        check_packed_tensors(query, key, value)
+        check_cu_seqlens(cu_seqlens)
+        call = make_call(query, pattern, scale, dropout_p, return_lse, Packed(cu_seqlens))
+        if contents(cu_seqlens) is not None:
+            documents_of(cu_seqlens, key.shape[0])  # Refuses numbers that do not fit.
+        query, key, value = _as_one_row(query, key, value)
+    return explain_call(query, key, value, call, backend)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.backends.tracing.memo import remembered
-from colonnade.backends.tracing.operation import is_tracing
+from colonnade.backends.tracing.operation import may_decide
 from colonnade.shapes import CuSeqlens, Positions
 
 
@@ -49,7 +49,7 @@ class Packing:
             begins: True at the first token of each document, and so at the first of each row.
             padding_mask: True at tokens; None: everywhere.
         """
-        if is_tracing():
+        if not may_decide(begins):
             return _of_unknown(
                 torch.ones_like(begins) if padding_mask is None else padding_mask, begins
             )
@@ -79,7 +79,7 @@ class Packing:
 def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"]) -> Packing:
     """All layers of a step are handed one mask, and share what is found in it."""
     batch, seq_len = padding_mask.shape
-    if not is_tracing():
+    if may_decide(padding_mask):
         cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
         return Packing(batch, seq_len, padding_mask.flatten().nonzero()[:, 0], cu_seqlens)
     return _of_unknown(padding_mask, padding_mask.cumsum(1) == 1)
@@ -103,7 +103,7 @@ def _of_unknown(
 def _cu_seqlens(begins: Bool[Tensor, " total"]) -> CuSeqlens:
     """Return where documents begin, and the total."""
     total = begins.shape[0]
-    if not is_tracing():
+    if may_decide(begins):
         return F.pad(begins.nonzero()[:, 0], (0, 1), value=total)
     # Nor how many documents: those that are not there are empty, and come last.
     position = torch.arange(total + 1, device=begins.device)

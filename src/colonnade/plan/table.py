@@ -56,6 +56,19 @@ class Plan:
     shift: Shift
     own_from_slots: bool
 
+    def num_pairs(self) -> int:
+        """Return the number of keys that all queries of the table read, summed over key heads."""
+        q_begin, q_end, own_begin, own_end, lead, slot_begin, slot_end = self.table.unbind(1)
+        queries, own_keys = q_end - q_begin, own_end - own_begin
+        # Query r sees clamp(first + r, 0, own_keys) own keys: two sums from 1 on, one cut off.
+        first = lead + 1 - self.shift[:, None]
+        before, last = (n.clamp(min=0) for n in (first - 1, first + queries - 1))
+        seen, seen_before = (
+            n * (n + 1) // 2 - (n - own_keys).clamp(min=0) * (n - own_keys + 1) // 2
+            for n in (last, before)
+        )
+        return int((seen - seen_before + queries * (slot_end - slot_begin)).sum())
+
     def mask(self, kv_len: int) -> Mask:
         """Draw the plan as a dense mask [kv_heads, q_len, kv_len]: slow, to look at and to test."""
         num_kv_heads = self.gather.shape[0]

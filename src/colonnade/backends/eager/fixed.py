@@ -15,7 +15,7 @@ from torch import Tensor
 
 from colonnade.backends.call import Call, Seen, in_order, only_heads
 from colonnade.backends.eager.dropout import Dropout, draw_seeds
-from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
+from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, count_pairs, make_plan
 from colonnade.backends.tracing.memo import remembered
 from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import FixedPattern
@@ -277,4 +277,5 @@ _attend = define_attention(
     _forward,
     _backward,
     LSE,
+    count_pairs,
 )

@@ -19,15 +19,16 @@ A value that is not finite makes the whole output of its readers NaN, and of nob
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Packed
-from colonnade.backends.documents import by_documents
+from colonnade.backends.documents import by_documents, lengths_to_count
 from colonnade.backends.eager.dropout import Dropout, draw_seeds
+from colonnade.backends.tracing.flops import Sizes
 from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import LocalPattern, Part, StridedPattern
 from colonnade.plan.lines import num_blocks
@@ -280,10 +281,18 @@ def _backward(
     return d_query, d_key, d_value
 
 
+def _count_pairs(sizes: Sizes, width: int, reads: Reads, *options: Any) -> int:
+    pattern = LocalPattern(width) if reads == "window" else StridedPattern(width, reads)
+    every = sum(map(pattern.num_pairs, lengths_to_count(options[-1], sizes.kv_len)))
+    of_earlier_queries = pattern.num_pairs(sizes.kv_len - sizes.q_len)
+    return sizes.batch * sizes.kv_heads * (every - of_earlier_queries)
+
+
 _attend = define_attention(
     "colonnade::windowed",
     "int width, str reads, float scale, float dropout_p, Tensor? seed, Tensor? cu_seqlens",
     _forward,
     _backward,
     LSE,
+    _count_pairs,
 )

@@ -17,6 +17,7 @@ The C++ is compiled for the machine at the first use, see `build`. Arm is untest
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,9 +25,15 @@ from torch import Tensor
 
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.native import build as library
-from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, make_plan
+from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, count_pairs, make_plan
 from colonnade.backends.tracing.constant import constant_when_compiled
-from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define_attention, fake_forward
+from colonnade.backends.tracing.flops import Sizes, count_forward
+from colonnade.backends.tracing.operation import (
+    OUTPUT_AND_LSE,
+    contents,
+    define_attention,
+    fake_forward,
+)
 from colonnade.pattern import FixedPattern
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -141,6 +148,15 @@ _define_kernel(
     "(Tensor query, Tensor key, Tensor value, Tensor? reads, float scale) -> (Tensor, Tensor)",
 )
 torch.library.register_fake("colonnade::native_decode", fake_forward)
+
+
+def _count_entries(sizes: Sizes, reads: Tensor | None, scale: float) -> int:
+    """Count what a decoder's query reads; everything, if nobody knows what the mask holds."""
+    entries, marked = (sizes.batch, sizes.kv_heads, sizes.kv_len), contents(reads)
+    return math.prod(entries) if marked is None else int(marked.expand(entries).sum())
+
+
+count_forward("colonnade::native_decode", _count_entries)
 torch.library.define(
     "colonnade::native_ceiling",
     "(Tensor like, int qk_dim, int v_dim, float seconds) -> (float, float)",
@@ -163,5 +179,10 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
 
 
 _attend = define_attention(
-    "colonnade::native", f"{PLAN_SCHEMA}, float scale", _forward, _backward, OUTPUT_AND_LSE
+    "colonnade::native",
+    f"{PLAN_SCHEMA}, float scale",
+    _forward,
+    _backward,
+    OUTPUT_AND_LSE,
+    count_pairs,
 )

@@ -14,10 +14,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.autograd.forward_ad import unpack_dual
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    is_in_torch_dispatch_mode,
+)
 
 from colonnade.backends.tracing.autocast import without_autocast
+from colonnade.backends.tracing.flops import Pairs, count_attention
 
 LSE = slice(1, 2)
 OUTPUT_AND_LSE = slice(0, 2)
@@ -29,6 +34,39 @@ RESULTS = ("Tensor out", "Tensor lse")
 def is_tracing() -> bool:
     """Whether something records operations or runs them in its own way, with its own lengths."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether something wants to see an operation by its name, or its shapes alone."""
+    return is_tracing() or profiler._is_profiler_enabled or tensor.is_meta
+
+
+def may_be_counted() -> bool:
+    """Whether a mode looks at operations as they run, such as PyTorch's counter of FLOPs.
+
+    That one has no formula for PyTorch's own attention on CPUs, and would count 0.
+    """
+    return is_in_torch_dispatch_mode() and not torch.compiler.is_compiling()
+
+
+def contents(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor, or None if it has no contents: a fake or meta tensor, one inside of vmap."""
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return None
+    mapped = torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor
+    return None if mapped and mapped(tensor) else tensor
+
+
+def may_decide(tensor: Tensor) -> bool:
+    """Whether the contents of a tensor are there, and sizes may depend on them.
+
+    A mode that looks on, such as a counter, does not mind; a compiler or a tracer would.
+    """
+    if torch.compiler.is_compiling() or contents(tensor) is None:
+        return False
+    if not is_in_torch_dispatch_mode():
+        return True
+    return not any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
 def has_tangent(*tensors: Tensor) -> bool:
@@ -59,6 +97,7 @@ def define_attention(
     forward: Callable[..., tuple[Tensor, Tensor]],
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     saved: slice,
+    pairs: Pairs,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Make the operations `name`_forward and `name`_backward, and return what calls the first.
 
@@ -68,6 +107,7 @@ def define_attention(
         forward: Computes the results.
         backward: Computes the gradients.
         saved: The results that `backward` needs: LSE or OUTPUT_AND_LSE.
+        pairs: Counts what is read.
     """
     count = saved.stop - saved.start
 
@@ -103,7 +143,7 @@ def define_attention(
         backward,
         _fake_backward,
     )
-    return define(
+    attend = define(
         f"{name}_forward",
         f"({', '.join((*INPUTS, options))}) -> (Tensor, Tensor)",
         forward,
@@ -111,6 +151,8 @@ def define_attention(
         set_up,
         gradients,
     )
+    count_attention(name, pairs, count)
+    return attend
 
 
 def define(
@@ -123,9 +165,9 @@ def define(
 ) -> Callable[..., Any]:
     """Make an operation out of a function, and return what calls it.
 
-    Where something compiles, traces or fakes tensors, it is the operation of PyTorch's dispatcher,
-    whose inside none of them sees. Elsewhere an autograd function calls the function as it is,
-    which is faster. Only that one can be transformed by torch.func.
+    Where something compiles, traces, fakes tensors, counts or takes times, it is the operation of
+    PyTorch's dispatcher, whose inside no compiler sees. Elsewhere an autograd function calls the
+    function as it is, which is faster. Only that one can be transformed by torch.func.
     """
     # The schema is spelled out: read off annotations it would depend on who wraps the function.
     torch.library.define(name, schema)
@@ -133,13 +175,20 @@ def define(
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, gradients, setup_context=set_up)
     operation = getattr(torch.ops.colonnade, name.removeprefix("colonnade::"))
+
+    def compute(*inputs: Any) -> Any:
+        return (operation if _is_watched(inputs[0]) else run)(*inputs)
+
     function = _function(run, set_up, gradients)
+    transformed = _function(compute, set_up, gradients)
 
     def call(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return function(*inputs)
+            return transformed(*inputs)
         # The second: autograd.grad(…, is_grads_batched=True), whose tensors know few functions.
-        if is_tracing() or any(map(torch._C._functorch.is_legacy_batchedtensor, inputs[:2])):
+        if _is_watched(inputs[0]) or any(
+            map(torch._C._functorch.is_legacy_batchedtensor, inputs[:2])
+        ):
             return operation(*inputs)
         return (function if torch.is_grad_enabled() else run)(*inputs)
 

@@ -1,0 +1,115 @@
+"""torch.export and ONNX with lengths that are left open: the numbers of the call itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from colonnade import FixedPattern, FullPattern, Pattern, StridedPattern, attention
+from colonnade import attention_varlen as varlen
+from colonnade.nn import SelfAttention
+from tests.packing import cu_seqlens_of
+
+pytestmark = pytest.mark.plain
+
+PATTERNS: tuple[Pattern, ...] = (FixedPattern(4, 1, subblocks=2), StridedPattern(4), FullPattern())
+LENGTH = torch.export.Dim("length", min=2, max=512)
+DOCUMENTS = torch.export.Dim("documents", min=2, max=64)
+
+
+class _Attention(nn.Module):
+    def __init__(self, pattern: Pattern, backend: str) -> None:
+        super().__init__()
+        self.pattern, self.backend = pattern, backend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = attention(query, key, value, self.pattern, backend=self.backend)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class _Packed(_Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:  # type: ignore[override]
+        out = varlen(query, key, value, cu_seqlens, self.pattern, backend=self.backend)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _whole(length: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, heads, length, 8) for heads in (4, 2, 2))
+
+
+def _documents(length: int) -> tuple[Tensor, ...]:
+    tensors = (t[0].transpose(0, 1).contiguous() for t in _whole(length))
+    return *tensors, cu_seqlens_of((3, 0, *[1] * (length // 8), length - 3 - length // 8))
+
+
+def _made(kind: str, pattern: Pattern, backend: str) -> tuple[nn.Module, Any, Any]:
+    """Return a module, what draws its inputs for a length, and which of their sizes are open."""
+    if kind == "layer":
+        layer = SelfAttention(16, 4, pattern, 2, backend=backend).eval()
+        return layer, lambda length: (torch.randn(1, length, 16),), ({1: LENGTH},)
+    if kind == "packed":
+        sizes = (*[{0: LENGTH}] * 3, {0: DOCUMENTS})
+        return _Packed(pattern, backend), _documents, sizes
+    return _Attention(pattern, backend), _whole, ({2: LENGTH},) * 3
+
+
+each_kind = pytest.mark.parametrize("kind", ["whole", "packed", "layer"])
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+
+
+@each_kind
+@each_pattern
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_one_program_for_all_lengths(backend: str, pattern: Pattern, kind: str) -> None:
+    module, draw, sizes = _made(kind, pattern, backend)
+    program = torch.export.export(module, draw(29), dynamic_shapes=sizes).module()
+    for length in (13, 29, 57):
+        given = draw(length)
+        torch.testing.assert_close(program(*given), module(*given))
+
+
+@each_kind
+@each_pattern
+def test_a_program_for_onnx_holds_no_operation_of_ours(
+    pattern: Pattern, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    module, draw, _ = _made(kind, pattern, "auto")
+    program = torch.export.export(module, draw(29))
+    assert "colonnade" not in str(program.graph)
+    given = draw(29)
+    torch.testing.assert_close(program.module()(*given), module(*given))
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_a_named_backend_does_not_go_to_onnx(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    module, draw, _ = _made("whole", PATTERNS[0], backend)
+    with pytest.raises(NotImplementedError, match=r"ONNX does not have\. Use backend='reference'"):
+        torch.export.export(module, draw(29))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@each_kind
+@each_pattern
+def test_onnxruntime_computes_the_same(pattern: Pattern, kind: str, tmp_path: Any) -> None:
+    """Where the packages are installed: onnx, onnxscript and onnxruntime."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module, draw, sizes = _made(kind, pattern, "auto")
+    program = torch.onnx.export(module, draw(29), dynamo=True, dynamic_shapes=sizes)
+    assert program is not None
+    program.save(tmp_path / "program.onnx")
+    session = runtime.InferenceSession(tmp_path / "program.onnx")
+    names = [each.name for each in session.get_inputs()]
+    for length in (13, 29, 57):
+        given = draw(length)
+        tensors = dict(zip(names, (t.numpy() for t in given), strict=True))
+        found = torch.from_numpy(session.run(None, tensors)[0])
+        torch.testing.assert_close(found, module(*given), rtol=1e-5, atol=1e-5)
