@@ -22,8 +22,11 @@ def _flops(model: Any, ids: Tensor) -> dict[str, int]:
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, use_cache=False).loss.backward()
     found = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
-    ours = {way: sum(n for name, n in found.items() if way in name) for way in ("_for", "_back")}
-    return {**ours, "others": sum(found.values()) - sum(ours.values())}
+    # Before PyTorch 2.15 its own attention on CPUs counts 0.
+    rest = sum(n for name, n in found.items() if not name.startswith(("colonnade", "aten._scaled")))
+    ours = {name: n for name, n in found.items() if name.startswith("colonnade")}
+    ways = {way: sum(n for name, n in ours.items() if way in name) for way in ("_for", "_back")}
+    return {**ways, "others": rest}
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -38,7 +41,6 @@ def test_a_training_step_of_a_retrofitted_model(recomputed: bool) -> None:
     found = _flops(model, ids)
     forward, backward = 2 * 4 * pairs * 16, 2 * 4 * pairs * 40
     assert (found["_for"], found["_back"]) == (forward * (1 + recomputed), backward)
-    # PyTorch has no formula for its own attention on CPUs: of the dense model it counts the rest.
     assert (found["others"] == dense["others"]) is not recomputed
 
 

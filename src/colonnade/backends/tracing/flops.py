@@ -72,9 +72,7 @@ def _number(size: Any) -> Any:
     """A size that a compiler knows as a symbol only, as the number that it goes by."""
     if not isinstance(size, torch.SymInt):
         return size
-    from torch.fx.experimental.symbolic_shapes import optimization_hint  # Loaded by then.
-
-    return optimization_hint(size, fallback=4096)
+    return size.node.hint if size.node.has_hint() else 4096
 
 
 def _count(name: str, formula: Callable[..., int]) -> None:

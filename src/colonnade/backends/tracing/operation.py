@@ -44,7 +44,7 @@ def _is_watched(tensor: Tensor) -> bool:
 def may_be_counted() -> bool:
     """Whether a mode looks at operations as they run, such as PyTorch's counter of FLOPs.
 
-    That one has no formula for PyTorch's own attention on CPUs, and would count 0.
+    Before PyTorch 2.15 that one has no formula for its own attention on CPUs, and counts 0.
     """
     return is_in_torch_dispatch_mode() and not torch.compiler.is_compiling()
 
