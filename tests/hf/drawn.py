@@ -270,12 +270,13 @@ def _restarted(r: random.Random, family: str, subblocks: int) -> Draw:
     at = [cuts if r.random() < 0.7 else [c for c in cuts if r.random() < 0.5] for _ in range(rows)]
     length = ends[-1]
     lengths = [[b - a for a, b in zip([0, *cut], [*cut, length], strict=True)] for cut in at]
-    number, positions = _documents(r, lengths, jumps=False)
+    number, positions = _documents(r, lengths, jumps=r.random() < 0.3)
     kept = r.choice(("fixed", "dynamic", "static"))
     mask = _mask(r, number) if r.random() < 0.5 else None
     given = _pieces(ends, mask, positions)
     unlike = any(cut != at[0] for cut in at)
-    may_refuse = unlike and kept != "fixed"
+    # Documents that count from 2 restart within one call only.
+    may_refuse = (unlike and kept != "fixed") or bool(positions[0, 0] > 0)
     way = f"mask {mask is not None}"
     return Draw(
         family, "restarted", way, subblocks, kept, number, positions, ends, given, may_refuse
@@ -290,7 +291,8 @@ def _bad(r: random.Random, family: str, subblocks: int) -> Draw:
     mask, positions = piece.get("attention_mask"), piece.get("position_ids")
     ways = ["unknown"]
     if mask is not None:
-        ways += ["one row", "numbers", "longer", "shorter", "transposed"]
+        ways += ["one row", "numbers", "longer", "shorter"]
+        ways += ["transposed"] if mask.shape[0] != mask.shape[1] else []
     if positions is not None:
         ways += ["shorter positions", "twice"]
         if len(draw.number.unique()) > len(draw.number) + 1:  # Documents, rows and padding.

@@ -42,9 +42,11 @@ def _attend(model: Any, heads: int, kv_heads: int, layer: int = 0) -> tuple[Tens
     key, value = torch.randn(2, 1, 4 if kv_heads == heads else 2, 40, 8, dtype=torch.float64)
     layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
     attention = layers[layer].attn if hasattr(model, "transformer") else layers[layer].self_attn
-    whole = attention_function(attention, query, key, value, PatternMask())[0][:, :, :heads]
+    whole = attention_function(attention, query, key, value, PatternMask(is_of_call=True))[0][
+        :, :, :heads
+    ]
     parts = query[:, :heads], key[:, :kv_heads], value[:, :kv_heads]
-    return whole, attention_function(attention, *parts, PatternMask())[0]
+    return whole, attention_function(attention, *parts, PatternMask(is_of_call=True))[0]
 
 
 @pytest.mark.usefixtures("two_ranks")
@@ -62,7 +64,9 @@ def test_some_of_the_heads_of_two_factors_are_refused() -> None:
     model = random_model(scheme="multihead")
     query, key = torch.randn(1, 2, 20, 2).double(), torch.randn(1, 1, 20, 2).double()
     with pytest.raises(NotImplementedError, match="hold all heads"):
-        attention_function(model.model.layers[0].block.attention, query, key, key, PatternMask())
+        attention_function(
+            model.model.layers[0].block.attention, query, key, key, PatternMask(is_of_call=True)
+        )
 
 
 @pytest.mark.usefixtures("two_ranks")
@@ -78,7 +82,7 @@ def test_layers_may_have_head_counts_of_their_own() -> None:
     model.config.per_layer_config = {1: {"num_attention_heads": 2}}
     query, key = torch.randn(1, 2, 20, 16).double(), torch.randn(1, 1, 20, 16).double()
     attention: Any = model.model.layers[1].self_attn
-    attention_function(attention, query, key, key, PatternMask())
+    attention_function(attention, query, key, key, PatternMask(is_of_call=True))
 
 
 LATENT: dict[str, Any] = {
@@ -152,11 +156,11 @@ def test_a_layer_that_does_not_bring_its_keys_to_the_cache_is_refused() -> None:
     query, key = torch.randn(1, 4, 12, 8).double(), torch.randn(1, 2, 12, 8).double()
     cache.announce(12, None)
     with pytest.raises(ValueError, match=r"come from the FixedCache.*got none from it"):
-        attention_function(attention, query, key, key, PatternMask(cache=cache))
+        attention_function(attention, query, key, key, PatternMask(cache=cache, is_of_call=True))
     keys, values = cache.update(key, key, 0)
     more, mores = (torch.cat([t, t[:, :, :1]], 2) for t in (keys, values))
     with pytest.raises(ValueError, match="got 12 of 13 from it"):
-        attention_function(attention, query, more, mores, PatternMask(cache=cache))
+        attention_function(attention, query, more, mores, PatternMask(cache=cache, is_of_call=True))
 
 
 @pytest.mark.parametrize("family", ["sparse", "llama", "gpt2"])

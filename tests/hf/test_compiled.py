@@ -50,6 +50,10 @@ def _batch(kind: str, length: int) -> dict[str, Tensor]:
         batch["labels"][batch["attention_mask"] == 0] = -100
     if kind == "packed and ones":
         batch["attention_mask"] = torch.ones_like(ids)
+    if kind == "packed and padded":
+        batch["attention_mask"][:] = 1
+        batch["attention_mask"][0, :3] = batch["attention_mask"][1:, -2:] = 0
+        batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, -100)
     if kind == "padded and counted":
         batch["position_ids"] = positions_of(batch["attention_mask"])
     if kind == "flattened":

@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, DynamicCache, LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    LlamaForSequenceClassification,
+)
 
 from colonnade.hf import FixedCache, retrofit
-from tests.hf.models import dense_model, generate, prompts, random_model
+from tests.hf.models import GROUPED, SIZES, dense_model, generate, prompts, random_model
 from tests.rounding import check_half_the_digits
 
 pytestmark = pytest.mark.plain
@@ -79,10 +85,16 @@ def test_one_way_to_say_it_is_enough(family: str, given: dict[str, Tensor]) -> N
         ({"attention_mask": torch.ones(1, TOTAL)}, r"attention_mask must be \[batch"),
         ({"attention_mask": torch.ones(2, TOTAL + 1)}, r"attention_mask.shape=\(2, 25\)"),
         ({"attention_mask": torch.ones(2, TOTAL - 1)}, r"for 2 rows of 24 tokens"),
+        ({"attention_mask": torch.ones(TOTAL)}, r"a tensor \[batch, positions\].*\(24,\)"),
+        ({"attention_mask": torch.ones(2, 1, TOTAL)}, r"a tensor \[batch, positions\]"),
+        ({"attention_mask": [[1] * TOTAL] * 2}, "got list"),
         ({"attention_mask": torch.full((2, TOTAL), 2)}, "1 at tokens and 0 at padding"),
         ({"attention_mask": torch.full((2, TOTAL), 0.5)}, "1 at tokens and 0 at padding"),
         ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, r"position_ids must be \[batch or"),
         ({"position_ids": torch.arange(TOTAL)[None] // 2}, "comes twice in position_ids="),
+        ({"position_ids": RESTARTS[0]}, r"position_ids must be \[batch or"),
+        ({"position_ids": RESTARTS.float()}, "position_ids must be integers"),
+        ({"cu_seq_lens_q": [0, 24, 48]}, "cu_seq_lens_q must be a tensor, got a list"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 24])}, r"from 0 to the number of tokens.*2 · 24"),
         ({"cu_seq_lens_q": torch.tensor([1, 24, 48])}, "from 0"),
         ({"cu_seq_lens_q": torch.tensor([0, 30, 24, 48])}, "go up"),
@@ -189,7 +201,7 @@ def test_positions_that_neither_go_on_nor_restart_are_refused(family: str, make:
     model, ids = _model(family), prompts(1, TOTAL)
     cache = make(model.config) if make is FixedCache else make()
     model(ids[:, :9], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"go on where the row in the cache ends.*got \[4\]"):
+    with pytest.raises(ValueError, match=r"go on where the row in the cache ends.*begin at \[4\]"):
         model(ids[:, 9:10], position_ids=torch.tensor([[4]]), past_key_values=cache)
     with pytest.raises(NotImplementedError, match="by position_ids alone, got seq_idx"):
         model(ids[:, 9:10], seq_idx=torch.zeros(1, 1), past_key_values=cache)
@@ -218,3 +230,124 @@ def test_a_head_of_another_task_is_told_too() -> None:
     check_half_the_digits(found, model(ids[:, 10:]).logits)
     with pytest.raises(NotImplementedError, match="has no document_ids"):
         model(ids, document_ids=ids)
+
+
+@each_model
+@pytest.mark.parametrize("make", [FixedCache, DynamicCache])
+def test_a_document_that_began_behind_a_cache_goes_on_without_positions(
+    family: str, make: Any
+) -> None:
+    """They are counted in the document, as they would be alone; one row has padding."""
+    model, ids = _model(family), prompts(2, TOTAL)
+    cache = make(model.config) if make is FixedCache else make()
+    model(ids[:, :9], past_key_values=cache)
+    parts = [
+        model(ids[:, 9:13], position_ids=torch.arange(4)[None], past_key_values=cache).logits,
+        model(ids[:, 13:20], past_key_values=cache).logits,
+    ]
+    mask = torch.ones_like(ids)
+    mask[0, 21] = 0
+    parts.append(model(ids[:, 20:], attention_mask=mask, past_key_values=cache).logits)
+    found = torch.cat(parts, 1)
+    kept = mask[0, 9:].bool()
+    check_half_the_digits(found[1], model(ids[1:, 9:]).logits[0])
+    check_half_the_digits(found[0, kept], model(ids[:1, 9:][:, kept]).logits[0])
+
+
+def test_a_restart_below_what_positions_jumped_to_is_seen() -> None:
+    """The same positions in one call are two documents."""
+    model, ids = _model("llama"), prompts(2, TOTAL)
+    for make in (lambda: FixedCache(model.config), DynamicCache):
+        cache = make()
+        model(ids[:, :5], position_ids=torch.arange(100, 105)[None], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"restart at 0.*begin at \[50, 50\]"):
+            model(ids[:, 5:9], position_ids=torch.arange(50, 54)[None], past_key_values=cache)
+        restarted = model(ids[:, 5:], position_ids=torch.arange(19)[None], past_key_values=cache)
+        check_half_the_digits(restarted.logits, model(ids[:, 5:]).logits)
+
+
+def test_a_row_without_new_tokens_keeps_its_document() -> None:
+    model, ids = _model("llama"), prompts(2, TOTAL)
+    mask = torch.ones_like(ids)
+    mask[1, 6:10] = 0
+    second = {
+        "attention_mask": mask[:, :10],
+        "position_ids": torch.arange(4).expand(2, -1),
+    }
+    cache: Any = DynamicCache()
+    model(ids[:, :6], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="Use a FixedCache"):
+        model(ids[:, 6:10], **second, past_key_values=cache)
+    cache = FixedCache(model.config)
+    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, 6:10], **second, past_key_values=cache)
+    third = torch.stack([torch.arange(4, 18), torch.arange(6, 20)])
+    found = model(ids[:, 10:], attention_mask=mask, position_ids=third, past_key_values=cache)
+    check_half_the_digits(found.logits[0], model(ids[:1, 6:]).logits[0, 4:])
+    there = mask[1].bool()
+    check_half_the_digits(found.logits[1], model(ids[1:, there]).logits[0, 6:])
+
+
+@each_model
+def test_a_cache_may_have_either_name(family: str) -> None:
+    model, ids = _model(family), prompts(2, TOTAL)
+    cache = DynamicCache()
+    parts = [model(part, cache=cache).logits for part in ids.split([11, 13], 1)]
+    check_half_the_digits(torch.cat(parts, 1), model(ids).logits)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+@each_model
+def test_a_forward_that_nobody_could_see_is_refused(family: str) -> None:
+    """Where hooks do not run, nothing was read."""
+    model, ids = _model(family), prompts(1, TOTAL)
+    with pytest.raises(NotImplementedError, match=r"Call the model itself"):
+        model.base_model.forward(ids, position_ids=RESTARTS)
+    check_half_the_digits(model.forward(ids, position_ids=RESTARTS).logits, _alone(model, ids))
+
+
+@pytest.mark.parametrize("where", ["lm_head", "base"])
+def test_an_interrupted_call_leaves_nothing_behind(where: str) -> None:
+    model, ids = _model("llama"), prompts(1, TOTAL)
+    ends = torch.tensor([0, 10, TOTAL])
+    expected = model(ids).logits
+    part = model.lm_head if where == "lm_head" else model.model.layers[1]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = part.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids, cu_seq_lens_q=ends)
+    handle.remove()
+    assert torch.equal(model.lm_head(model.model(ids).last_hidden_state), expected)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_call_that_failed_forgets_no_document() -> None:
+    model, ids = _model("llama"), prompts(1, TOTAL)
+    cache = FixedCache(model.config)
+    model(ids[:, :6], past_key_values=cache)
+    handle = model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids[:, 6:9], position_ids=torch.arange(3)[None], past_key_values=cache)
+    handle.remove()
+    onward = torch.arange(6, TOTAL)[None]
+    found = model(ids[:, 6:], position_ids=onward, past_key_values=cache).logits
+    check_half_the_digits(found, model(ids).logits[:, 6:])
+
+
+def test_positions_of_images_restart_where_time_goes_back() -> None:
+    """Three axes: time stands still inside of an image."""
+    config = AutoConfig.for_model("qwen2_vl")
+    text: Any = config.text_config
+    sizes = {**SIZES, **GROUPED, "head_dim": 8, "num_hidden_layers": 2}
+    text.update({key: value for key, value in sizes.items() if key != "pad_token_id"})
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    model = retrofit(AutoModel.from_config(text).double().eval(), 8, 2)
+    ids = prompts(1, TOTAL)
+    times = torch.tensor([0, 1, 2, 2, 2, 2, 3, 4, 5, 6, 0, 1, 2, 2, 2, 5, *range(6, 14)])
+    found = model(ids, position_ids=times.expand(3, 1, -1)).last_hidden_state
+    alone = model(ids[:, 10:], position_ids=times[10:].expand(3, 1, -1)).last_hidden_state
+    check_half_the_digits(found[:, 10:], alone)

@@ -200,9 +200,11 @@ def test_attention_of_another_kind_raises_where_it_is_called() -> None:
     for name in ("softcap", "s_aux", "sliding_window"):
         option: dict[str, Any] = {name: 8}
         with pytest.raises(NotImplementedError, match=f"has no {name}"):
-            attention_function(attention, query, key, value, PatternMask(), **option)
+            attention_function(attention, query, key, value, PatternMask(is_of_call=True), **option)
     with pytest.raises(NotImplementedError, match="causal self-attention only"):
-        attention_function(attention, query, key, value, PatternMask(), is_causal=False)
+        attention_function(
+            attention, query, key, value, PatternMask(is_of_call=True), is_causal=False
+        )
     with pytest.raises(ValueError, match=r"own mask function only, got None"):
         attention_function(attention, query, key, value, None)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from colonnade.backends.call import Seen
 from colonnade.backends.choice import run
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
-from colonnade.hf.batch import NAMES, refuse_unknown
+from colonnade.hf.batch import refuse_unknown
 from colonnade.hf.cache import in_type_of
 from colonnade.hf.mask import PatternMask, check_mask
 from colonnade.hf.settings import NAME, of_layer, patterns_of
@@ -79,10 +79,11 @@ def _check_call(
     module: nn.Module, mask: PatternMask, is_causal: bool | None, others: dict[str, Any]
 ) -> None:
     """Refuse calls that would be computed wrongly without a word."""
-    if not mask.is_of_call and (unread := [name for name in NAMES if others.get(name) is not None]):
+    if not mask.is_of_call:
         raise NotImplementedError(
-            f"documents are read where a whole model is called, got {unread} in the attention of "
-            f"{type(module).__name__} alone."
+            f"attn_implementation={NAME!r} has to see what a model is called with, got a "
+            f"{type(module).__name__} whose model was not. Call the model itself, model(…), "
+            "not its forward."
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or getattr(module, "is_cross_attention", False):

@@ -8,13 +8,13 @@ reads all of it, and each of these is obeyed or refused.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
@@ -40,6 +40,7 @@ class Batch:
         hidden: Number of positions in another cache that belong to earlier documents.
         said: The tokens, and the arguments in `SAID`, as they were read.
         told: Those in `NAMES` that the call was given.
+        of: The model that is called.
         outer: What the call around this one says, if it is a part of one.
         is_read: Whether the arguments were read; not if the tokens come under other names.
     """
@@ -49,6 +50,7 @@ class Batch:
     hidden: int = 0
     said: tuple[Any, ...] = ()
     told: dict[str, Any] = field(default_factory=dict)
+    of: nn.Module | None = None
     outer: Batch | None = None
     is_read: bool = True
 
@@ -89,6 +91,8 @@ def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool
     batch, length = shape_of(arguments)
     cache, seen = arguments.get("past_key_values"), positions_in(arguments)
     positions = _positions(arguments.get("position_ids"), batch, length)
+    of_images = positions is not None and len(arguments["position_ids"].shape) == 3
+    of_images = of_images and arguments["position_ids"].shape[0] != 4
     new = None if padding is None else padding[:, padding.shape[1] - length :]
     said = _named(arguments, batch, length)
     if said is not None and not _is_zero(seen):
@@ -98,7 +102,7 @@ def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool
         )
     inside = None if said is None else _changes(said, new)
     if positions is not None and length > 1:
-        restart = _restarts(positions, new)
+        restart = _restarts(positions, new, of_images)
         if inside is not None:
             _require(
                 ~(restart & ~inside).any(),
@@ -109,18 +113,30 @@ def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool
             inside = restart
     if inside is not None and (keeps or not torch.compiler.is_compiling()):
         if keeps:
-            _require(~inside.any(), _NOT_CONTINUED, lambda: "documents inside of a row")
+            _require(
+                ~inside.any(),
+                _NOT_CONTINUED,
+                lambda: f"documents inside of rows by {_given(arguments)}, and {_kept(cache)}",
+            )
         if keeps or not bool(inside.any()):
             inside = None
     begins = None if inside is None else inside | _is_first(new, inside)
-    if positions is None or _is_zero(seen):
-        return Batch(begins, hidden=hidden_in(cache, seen))
-    return _after(cache, seen, positions, padding)
+    found = Batch(begins, hidden=hidden_in(cache, seen))
+    if positions is not None and not _is_zero(seen):
+        found = _behind_cache(cache, seen, positions, padding, of_images)
+    if positions is not None and isinstance(cache, Cache) and not torch.compiler.is_compiling():
+        _remember(cache, int(seen), positions, new)
+    return found
 
 
 _NOT_CONTINUED = (
-    "packed rows cannot be continued, so they take no cache (past_key_values=None, use_cache=False)"
+    "packed rows (position_ids that restart, cu_seq_lens or seq_idx) cannot be continued, so they "
+    "take no cache (past_key_values=None, use_cache=False)"
 )
+
+
+def _kept(cache: object) -> str:
+    return "use_cache=True" if cache is None else f"a {type(cache).__name__}"
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
@@ -196,7 +212,9 @@ def hidden_in(cache: Cache | None, seen: int | Tensor) -> int:
 _HIDDEN = "_colonnade_documents"
 
 
-def _after(cache: Any, seen: int | Tensor, positions: Tensor, padding: Tensor | None) -> Batch:
+def _behind_cache(
+    cache: Any, seen: int | Tensor, positions: Tensor, padding: Tensor | None, of_images: bool
+) -> Batch:
     """Say which rows begin a document behind what is in the cache."""
     hidden = hidden_in(cache, seen)
     first, comes = positions[:, 0], None
@@ -207,31 +225,33 @@ def _after(cache: Any, seen: int | Tensor, positions: Tensor, padding: Tensor | 
         comes = new.any(1)
     if torch.compiler.is_compiling():  # It cannot tell one from the other.
         before = seen - hidden if padding is None else padding[:, hidden:so_far].sum(1)
-        goes_on = first >= before
+        goes_on = first >= (0 if of_images else before)
         goes_on = goes_on if comes is None else goes_on | ~comes
         _require(goes_on.all(), _GOES_ON, lambda: "other positions")
         return Batch(hidden=hidden)
-    if isinstance(cache, FixedCache):
-        if padding is not None:
-            cache.check_padding(padding, int(seen), positions.shape[1])
-        held = cache.layers[0].kv.seq_lens
-    elif padding is None:
-        held = [int(seen) - hidden] * len(first)
-    else:
-        held = padding[:, hidden:so_far].sum(1).tolist()
+    held = _held(cache, int(seen), hidden, padding, positions)
     present = [True] * len(first) if comes is None else comes.tolist()
-    rows = [(s, h) for s, h, here in zip(first.tolist(), held, present, strict=True) if here]
-    if all(start >= count for start, count in rows):
+    rows = list(zip(first.tolist(), held, present, strict=True))
+    last = _last_in(cache, int(seen))
+
+    def goes_on_at(start: int, count: int) -> bool:
+        if of_images:  # An image has more tokens than times.
+            return start >= last
+        return count == 0 or (start >= count and start > last)
+
+    stops = [here and not goes_on_at(start, count) for start, count, here in rows]
+    if not any(stops):
         return Batch(hidden=hidden)
-    if any(0 < start < count for start, count in rows):
+    if of_images or any(
+        stop and start > 0 for (start, _, _), stop in zip(rows, stops, strict=True)
+    ):
         raise ValueError(
-            f"{_GOES_ON}, got {first.tolist()} for rows with {list(held)} tokens so far. For "
-            "`generate`, put padding on the left."
+            f"{_GOES_ON}, got position_ids that begin at {first.tolist()} for rows with "
+            f"{list(held)} tokens so far. For `generate`, put padding on the left."
         )
     if isinstance(cache, FixedCache):
-        restarts = (first == 0) & (torch.tensor(held, device=first.device) > 0)
-        return Batch(restarts=restarts if comes is None else restarts & comes)
-    if any(start >= count > 0 for start, count in rows):
+        return Batch(restarts=torch.tensor(stops, device=first.device))
+    if any(count > 0 and not stop for (_, count, _), stop in zip(rows, stops, strict=True)):
         raise NotImplementedError(
             f"all rows must begin a document at once in a {type(cache).__name__}, got position_ids "
             f"that begin at {first.tolist()} for rows with {list(held)} tokens so far. Use a "
@@ -239,6 +259,58 @@ def _after(cache: Any, seen: int | Tensor, positions: Tensor, padding: Tensor | 
         )
     setattr(cache, _HIDDEN, [*getattr(cache, _HIDDEN, ()), seen])
     return Batch(hidden=int(seen))
+
+
+def _held(cache: Any, seen: int, hidden: int, padding: Tensor | None, new: Tensor) -> Sequence[int]:
+    """Return how many tokens of its document each row has in a cache."""
+    if isinstance(cache, FixedCache):
+        if padding is not None:
+            cache.check_padding(padding, seen, new.shape[1])
+        return cache.layers[0].kv.seq_lens
+    if padding is None:
+        return [seen - hidden] * new.shape[0]
+    held: list[int] = padding[:, hidden : padding.shape[1] - new.shape[1]].sum(1).tolist()
+    return held
+
+
+def positions_behind(
+    cache: Cache | None, tokens: Tensor, padding: Tensor | None
+) -> Int[Tensor, "..."] | None:
+    """Return the positions of tokens that go on with a document that began inside of a cache.
+
+    None if none did: then a model counts as it always does.
+    """
+    if cache is None or torch.compiler.is_compiling():
+        return None
+    seen = int(cache.get_seq_length())
+    hidden = hidden_in(cache, seen)
+    if not hidden and not (isinstance(cache, FixedCache) and cache.has_restarted):
+        return None
+    held = torch.tensor(_held(cache, seen, hidden, padding, tokens), device=tokens.device)
+    token = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    if padding is not None:
+        token = padding[:, padding.shape[1] - tokens.shape[1] :].long()
+    return held[:, None] + (token.cumsum(1) - 1).clamp(min=0)
+
+
+_LAST = "_colonnade_last"
+
+
+def _remember(cache: Cache, seen: int, positions: Tensor, padding: Tensor | None) -> None:
+    """Write on a cache where its rows end: the lowest last position, for rows may be reordered."""
+    length = positions.shape[1]
+    if padding is not None:
+        positions = positions.masked_fill(~padding, -1)[padding.any(1)]
+    lowest = int(positions.amax(1).min()) if positions.numel() else _HIGHEST
+    if padding is not None and not bool(padding.any(1).all()):  # Of rows that stay as they are.
+        lowest = min(lowest, _last_in(cache, seen))
+    setattr(cache, _LAST, (seen + length, lowest))
+
+
+def _last_in(cache: Cache, seen: int) -> int:
+    """Return the lowest last position of the rows of a cache; -1 if it was changed since."""
+    end, last = getattr(cache, _LAST, (-1, -1))
+    return last if end == seen else -1
 
 
 _GOES_ON = (
@@ -251,13 +323,15 @@ def _positions(position_ids: object, batch: int, length: int) -> Int[Tensor, "..
     """Return the positions of text [batch, length], if they are said."""
     if not isinstance(position_ids, Tensor):
         return None
-    if position_ids.ndim == 3:  # Of images too: rows 1 to 3 of 4 count in time, height and width.
-        if position_ids.shape[0] != 4:
-            return None
+    if position_ids.ndim == 3:  # Of text, if there are four; of time, height and width.
         position_ids = position_ids[0]
-    if position_ids.ndim == 1:
-        position_ids = position_ids[None]
-    if position_ids.shape[0] not in (1, batch) or position_ids.shape[1:] != (length,):
+    if position_ids.is_floating_point():
+        raise ValueError(f"position_ids must be integers, got {position_ids.dtype}.")
+    if (
+        position_ids.ndim != 2
+        or position_ids.shape[0] not in (1, batch)
+        or position_ids.shape[1:] != (length,)
+    ):
         raise ValueError(
             f"position_ids must be [batch or 1, length], got position_ids.shape="
             f"{tuple(position_ids.shape)} for {batch} rows of {length} tokens."
@@ -270,6 +344,11 @@ def _named(arguments: Mapping[str, Any], batch: int, length: int) -> Int[Tensor,
     of_query, of_key, idx = (
         arguments.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
     )
+    for name, given in zip(
+        ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"), (of_query, of_key, idx), strict=True
+    ):
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name} must be a tensor, got a {type(given).__name__}.")
     longest = [arguments.get(name) for name in ("max_length_q", "max_length_k")]
     if of_query is not None and of_key is not None:
         same = of_query.shape == of_key.shape
@@ -342,7 +421,8 @@ def _shown(positions: Tensor) -> str:
 
 
 def _given(arguments: Mapping[str, Any]) -> str:
-    return " and ".join(name for name in NAMES if arguments.get(name) is not None)
+    names = [name for name in NAMES if arguments.get(name) is not None]
+    return " and ".join(names or ["position_ids"])
 
 
 def _changes(number: Tensor, padding: Tensor | None) -> Bool[Tensor, "batch length"]:
@@ -351,9 +431,16 @@ def _changes(number: Tensor, padding: Tensor | None) -> Bool[Tensor, "batch leng
     return (number != before) & is_second
 
 
-def _restarts(positions: Tensor, padding: Tensor | None) -> Bool[Tensor, "batch length"]:
-    """Say which tokens have no higher position than their row's token before."""
+def _restarts(
+    positions: Tensor, padding: Tensor | None, of_images: bool
+) -> Bool[Tensor, "batch length"]:
+    """Say which tokens have no higher position than their row's token before.
+
+    An image is at one time, so there it has to be a lower one.
+    """
     before, is_second = _before(positions, padding)
+    if of_images:
+        return (positions < before) & is_second
     again = (positions == before) & is_second
     # Documents of one token restart at once. Some models count from 2.
     lowest = positions if padding is None else positions.masked_fill(~padding, _HIGHEST)
@@ -413,7 +500,7 @@ def _require(condition: Tensor, rule: str, got: Callable[[], str]) -> None:
 
 _HARMLESS = {
     *TransformersKwargs.__annotations__,
-    *("use_cache", "past_key_values", "cache", "cache_params", "cache_position", "return_dict"),
+    *("use_cache", "past_key_values", "cache", "cache_params", "return_dict"),
     *("position_embeddings", "logits_to_keep", "token_type_ids", "deterministic"),
     *("ignore_index", "shift_labels"),
     # Where a forward was replaced by one that takes anything.

@@ -75,11 +75,15 @@ class Announcement:
         seen: Positions before them, padding included.
         length: Number of positions that come.
         is_token: [batch, length], False at padding; None if there is no padding.
+        restarts: Whether each row begins another document; None: no row does.
+        begun: [batch], where the document of each row begins then; None: at 0.
     """
 
     seen: int
     length: int
     is_token: Bool[Tensor, "batch length"] | None
+    restarts: tuple[bool, ...] | None = None
+    begun: Tensor | None = None
 
 
 class FixedLayer(CacheLayerMixin):
@@ -233,6 +237,11 @@ class FixedCache(Cache):
         return sum(layer.kv.nbytes for layer in self.layers)
 
     @property
+    def has_restarted(self) -> bool:
+        """Whether a row has begun another document since it was empty."""
+        return self._begun is not None
+
+    @property
     def batch_size(self) -> int:
         """Number of batch rows; -1 before the first update."""
         return len(self.layers[0].kv.seq_lens) or -1
@@ -272,20 +281,16 @@ class FixedCache(Cache):
             is_token = attention_mask[:, seen:]
             if self._padding is None and is_token.all():
                 attention_mask = is_token = None
+        begun = self._begun
         if restarts is not None:
-            self._forget(restarts, seen)
-        self._announced = Announcement(seen, length, is_token)
+            restarts = restarts.cpu()
+            begun = torch.zeros(len(restarts), dtype=torch.long) if begun is None else begun
+            begun = torch.where(restarts, seen, begun)
+        rows = None if restarts is None else tuple(restarts.tolist())
+        self._announced = Announcement(seen, length, is_token, rows, begun)
         for layer in self.layers:
             layer.given = None
         self._padding = attention_mask
-
-    def _forget(self, rows: Bool[Tensor, " batch"], seen: int) -> None:
-        """Empty some rows, whose next positions are those of another document."""
-        begun = torch.zeros(len(rows), dtype=torch.long) if self._begun is None else self._begun
-        self._begun = torch.where(rows.cpu(), seen, begun)
-        for layer in self.layers:
-            left = zip(layer.kv.seq_lens, rows.tolist(), strict=True)
-            layer.kv.crop([0 if again else length for length, again in left])
 
     def check_padding(self, attention_mask: Tensor, seen: int, length: int) -> None:
         """Refuse a mask that is not that of all positions, or contradicts an earlier one.
@@ -335,6 +340,10 @@ class FixedCache(Cache):
                 "Use another cache, such as a DynamicCache, or call "
                 f"model.set_attn_implementation({NAME!r})."
             )
+        if announced.restarts is not None:
+            left = zip(layer.kv.seq_lens, announced.restarts, strict=True)
+            layer.kv.crop([0 if again else length for length, again in left])
+        self._begun = announced.begun
         return layer.update(key_states, value_states, announced.is_token)
 
     def reset(self) -> None:

@@ -8,7 +8,7 @@ returns a descriptor instead of a tensor, which tells the attention function tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import getclosurevars
 from typing import Any
@@ -34,7 +34,7 @@ class PatternMask:
         cache: The cache that keeps what the queries read, if it does not keep everything.
         filled: Number of positions that the keys hold, if their length does not say so.
         is_known: Whether this is the mask of a pattern. If not, no layer may read it.
-        is_of_call: Whether everything that the model was called with has been read.
+        is_of_call: Whether it was seen what the model was called with.
     """
 
     packing: Packing | None = None
@@ -72,15 +72,16 @@ def mask_function(
         NotImplementedError: A cache that is no `FixedCache` drops positions; or the model makes the
             mask for other tokens than it was called with, and these are packed.
     """
+    call = batch_of_call()
     if isinstance(attention_mask, PatternMask):  # Made ahead.
-        return attention_mask
-    batch = batch_of_call() or Batch(is_read=False)
+        return replace(attention_mask, is_of_call=call is not None)
+    batch = call or Batch(is_read=False)
     compiling = torch.compiler.is_compiling()
     if compiling:
         _require_known(mask_function, batch_size, q_length, device)
     elif _is_unknown(mask_function, batch.is_read):  # It may be one that no layer reads.
         return PatternMask(is_known=False)
-    make = partial(PatternMask, is_of_call=batch.is_read)
+    make = partial(PatternMask, is_of_call=call is not None)
     if isinstance(kv_offset, CacheOffset):
         kv_offset.cache.announce(q_length, attention_mask, batch.restarts)
         return make(cache=kv_offset.cache)

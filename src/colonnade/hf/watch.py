@@ -24,6 +24,7 @@ from colonnade.hf.batch import (
     batch_of_call,
     check_mask_of_tokens,
     counted,
+    positions_behind,
     positions_in,
     read_batch,
     refuse_unknown,
@@ -57,15 +58,16 @@ class _Before:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
 
     def __call__(
-        self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+        self, module: PreTrainedModel, given: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if module.config._attn_implementation != NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
+        if module.config._attn_implementation != NAME:
             return None
-        outer = batch_of_call()
+        outer = _call_around(module)
         call = dict(zip(self.names, given, strict=False)) | named
         told = {name: call[name] for name in NAMES if call.get(name) is not None}
         # The hook behind the call takes it away again.
-        set_batch_of_call(Batch(outer=outer, told=told, is_read=False))
+        set_batch_of_call(Batch(of=module, outer=outer, told=told, is_read=False))
+        changed = self._rename(call)
         for argument in call.values():
             if isinstance(argument, Cache):
                 check_cache(argument, module)
@@ -76,35 +78,75 @@ class _Before:
                 "keys under pattern.mask(seq_len)."
             )
         refuse_unknown({key: named[key] for key in named if key not in self.names})
-        tokens = tokens_of(call)
-        if getattr(module, "base_model", module) is not module or tokens is None:
-            return None  # What is in it reads for itself.
-        arguments = call
-        if call.get("past_key_values") is None:
-            arguments = call | {"past_key_values": call.get(CACHE)}
-        if outer is not None and outer.told and not told:
-            arguments = outer.told | arguments  # Some heads keep to themselves what they are told.
+        # What is in a head reads for itself.
+        if getattr(module, "base_model", module) is module:
+            arguments = call | {"past_key_values": call.get("past_key_values", call.get(CACHE))}
+            if outer is not None and not told:
+                arguments |= outer.told  # Some heads keep to themselves what they are told.
+            changes = self._read(module, arguments, outer)
+            changed |= bool(changes)
+            call |= changes
+        return ((), call) if changed else None
+
+    def _rename(self, call: dict[str, Any]) -> bool:
+        """Give a model its cache under its own name; return whether that changed the call."""
+        if "cache" not in call or "cache" in self.names or "past_key_values" not in self.names:
+            return False
+        cache = call.pop("cache")
+        if cache is not None and call.get("past_key_values") is not None:
+            raise ValueError(
+                "past_key_values and cache are two names of one argument, got both. Give one."
+            )
+        if cache is not None:
+            call["past_key_values"] = cache
+        return True
+
+    def _read(
+        self, module: PreTrainedModel, arguments: dict[str, Any], outer: Batch | None
+    ) -> dict[str, Any]:
+        """Read the batch of a call, and return arguments that say what the caller left open."""
+        tokens = tokens_of(arguments)
+        if tokens is None:
+            if unread := [name for name in NAMES if arguments.get(name) is not None]:
+                raise NotImplementedError(
+                    f"documents are read of input_ids [batch, length] or inputs_embeds, got "
+                    f"{unread} for other tokens of a {type(module).__name__}."
+                )
+            return {}
         said = (tokens, *map(arguments.get, SAID))
         if outer is not None and _is_same(outer.said, said):
-            set_batch_of_call(replace(outer, outer=outer))
-            return None
-        batch, changes = self.read(arguments)
-        said = (tokens, *map((arguments | changes).get, SAID))
-        set_batch_of_call(replace(batch, outer=outer, said=said))
-        return ((), call | changes) if changes else None
-
-    def read(self, arguments: Mapping[str, Any]) -> tuple[Batch, dict[str, Any]]:
-        """Return the batch, and arguments that say what the caller left open."""
-        keeps = arguments.get("past_key_values") is not None or bool(arguments.get("use_cache"))
+            set_batch_of_call(replace(outer, of=module, outer=outer))
+            return {}
+        cache, uses = arguments["past_key_values"], arguments.get("use_cache")
+        keeps = cache is not None or bool(uses)
+        if torch.compiler.is_compiling() and uses is None and not module.training:
+            keeps |= bool(module.config.use_cache)  # It cannot see whether a row is packed.
         padding = _padding(arguments)
         batch = read_batch(arguments, padding, keeps)
         changes: dict[str, Any] = {}
-        if batch.begins is not None:
-            if not keeps and "use_cache" in self.names:
-                changes["use_cache"] = False
-            if arguments.get("position_ids") is None and "position_ids" in self.names:
+        if batch.begins is not None and not keeps and "use_cache" in self.names:
+            changes["use_cache"] = False
+        if arguments.get("position_ids") is None and "position_ids" in self.names:
+            if batch.begins is not None:
                 changes["position_ids"] = counted(batch.begins, padding)
-        return batch, changes
+            elif (positions := positions_behind(cache, tokens, padding)) is not None:
+                changes["position_ids"] = positions
+        said = (tokens, *map((arguments | changes).get, SAID))
+        set_batch_of_call(replace(batch, of=module, outer=outer, said=said))
+        return changes
+
+
+def _call_around(module: nn.Module) -> Batch | None:
+    """Return what the call around that of a module says, if it is one of a model that has it.
+
+    Any other is a foreign one, or was interrupted and left behind.
+    """
+    outer = batch_of_call()
+    if outer is None or outer.of is None or module is outer.of:
+        return None
+    if getattr(outer.of, "base_model", None) is module:
+        return outer
+    return outer if any(part is module for part in outer.of.modules()) else None
 
 
 def _is_same(said: tuple[Any, ...], again: tuple[Any, ...]) -> bool:
@@ -123,13 +165,21 @@ def _padding(arguments: Mapping[str, Any]) -> Tensor | None:
         mask = next(iter(mask.values()), None)
     if isinstance(mask, PatternMask):  # Made ahead, of the caller's own.
         return mask.padding
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if mask is None or getattr(mask, "ndim", 0) == 4:  # Ours refuses what has four dimensions.
         return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = getattr(mask, "shape", None)
+        raise ValueError(
+            "attention_mask must be a tensor [batch, positions], got "
+            f"{f'one of shape {tuple(shape)}' if shape is not None else type(mask).__name__}."
+        )
     mask = check_mask_of_tokens(mask, *shape_of(arguments), positions_in(arguments))
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
-def _after(module: nn.Module, given: Any, output: Any) -> None:
-    if module.config._attn_implementation == NAME:  # type: ignore[union-attr]  # Of a PreTrainedModel.
+def _after(module: PreTrainedModel, given: Any, output: Any) -> None:
+    if module.config._attn_implementation == NAME:
         batch = batch_of_call()
-        set_batch_of_call(None if batch is None else batch.outer)
+        outer = None if batch is None else batch.outer
+        # What a head was told is for one call of its base: the head may be interrupted after it.
+        set_batch_of_call(None if outer is None else replace(outer, told={}))
