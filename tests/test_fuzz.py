@@ -58,9 +58,9 @@ def test_a_wrong_result_is_found_and_can_be_repeated(
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "positions that jump": (
         "_restarts",
-        lambda positions, _: torch.nn.functional.pad(positions.diff() != 1, (1, 0)),
+        lambda positions, *_: torch.nn.functional.pad(positions.diff() != 1, (1, 0)),
     ),
-    "documents behind a cache": ("_after", lambda *_: batch.Batch()),
+    "documents behind a cache": ("_behind_cache", lambda *_: batch.Batch()),
 }
 
 

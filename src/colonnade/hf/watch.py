@@ -90,13 +90,13 @@ class _Before:
 
     def _rename(self, call: dict[str, Any]) -> bool:
         """Give a model its cache under its own name; return whether that changed the call."""
-        if "cache" not in call or "cache" in self.names or "past_key_values" not in self.names:
-            return False
-        cache = call.pop("cache")
-        if cache is not None and call.get("past_key_values") is not None:
+        if call.get("cache") is not None and call.get("past_key_values") is not None:
             raise ValueError(
                 "past_key_values and cache are two names of one argument, got both. Give one."
             )
+        if "cache" not in call or "cache" in self.names or "past_key_values" not in self.names:
+            return False
+        cache = call.pop("cache")
         if cache is not None:
             call["past_key_values"] = cache
         return True
