@@ -26,7 +26,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.colonnade-stamp
 UNFINISHED := $(VENV)/.colonnade-unfinished
 RUN := runs/demo
-SIDE_BY_SIDE := -n auto --dist loadfile
+# In the order of the folders: by default the files with the fewest tests come last, which take long.
+SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder
 
 # The oldest torch that pyproject.toml accepts, as (major, minor).
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)

@@ -72,7 +72,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @each_model
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow if "several" in way else ()) for way in WAYS]
+    "way", [pytest.param(way, marks=pytest.mark.slow if " " in way else ()) for way in WAYS]
 )
 @pytest.mark.plain
 def test_ways_to_generate(name: str, way: str) -> None:
@@ -105,7 +105,7 @@ def test_an_assistant_guesses_and_is_corrected(name: str) -> None:
 
 
 @each_model
-@pytest.mark.parametrize("way", ["greedy", "beams", "chunks"])
+@pytest.mark.parametrize("way", ["greedy", pytest.param("beams", marks=pytest.mark.slow), "chunks"])
 @pytest.mark.plain
 def test_left_padded_rows_are_the_rows_alone(name: str, way: str) -> None:
     """Each row has a phase of its own, and keeps what it would keep alone."""

@@ -185,7 +185,12 @@ def test_autocast_is_projections_and_attention_in_half_precision(
 @pytest.mark.parametrize(
     ("pattern", "autocast"),
     [
-        pytest.param(PATTERNS[name], autocast, marks=_marks(name), id=f"{name}-{autocast}")
+        pytest.param(
+            PATTERNS[name],
+            autocast,
+            marks=_marks(name) if autocast else pytest.mark.slow,
+            id=f"{name}-{autocast}",
+        )
         for autocast in (False, True)
         for name in (PATTERNS if autocast else ("fixed", "bidirectional", "strided", "full"))
     ],

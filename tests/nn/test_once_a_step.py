@@ -29,6 +29,9 @@ pytestmark = pytest.mark.plain
 NUM_LAYERS = {"fixed": 12}
 """Layers of a step; 3 where another pattern is tried, so that a look for each layer would show."""
 MODES = ("training", "checkpointed", "inference")
+of_models = pytest.mark.parametrize(
+    "name", ["fixed", pytest.param("interleaved", marks=pytest.mark.slow), "strided"]
+)
 LENGTHS = itertools.count(20)
 """Every test takes lengths of its own, so that it finds nothing that another one looked up."""
 
@@ -161,7 +164,7 @@ def _model(name: str, mode: str) -> SparseTransformerForCausalLM:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["fixed", "interleaved", "strided"])
+@of_models
 def test_the_model_looks_at_padding_once(
     looks: Counter[str], backend: str, name: str, mode: str
 ) -> None:
@@ -175,7 +178,7 @@ def test_the_model_looks_at_padding_once(
     _check(looks, step, _padding(seq_len), PLANS[name] * (backend == "eager"))
 
 
-@pytest.mark.parametrize("name", ["fixed", "interleaved", "strided"])
+@of_models
 def test_the_model_looks_at_padding_once_on_the_way_into_a_cache(
     looks: Counter[str], backend: str, name: str
 ) -> None:
@@ -191,7 +194,7 @@ def test_the_model_looks_at_padding_once_on_the_way_into_a_cache(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["fixed", "interleaved", "strided"])
+@of_models
 def test_the_model_looks_at_packed_documents_once(
     looks: Counter[str], backend: str, name: str, mode: str
 ) -> None:

@@ -94,6 +94,7 @@ def test_compiling_that_was_asked_for_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--steps", 2], ["--minutes", 0.05]])
 def test_a_run_that_fails_before_its_first_step_is_none(
     options: list[object], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
