@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from colonnade.backends import eager
-from colonnade.hf import batch
+from colonnade.hf import documents
+from colonnade.hf.batch import Batch
 from tests import fuzz
 
 # What it draws is right by construction; the checks of types cost it half of its calls.
@@ -60,7 +61,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
         "_restarts",
         lambda positions, *_: torch.nn.functional.pad(positions.diff() != 1, (1, 0)),
     ),
-    "documents behind a cache": ("_behind_cache", lambda *_: batch.Batch()),
+    "documents behind a cache": ("behind_cache", lambda *_: Batch()),
 }
 
 
@@ -68,6 +69,6 @@ FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
 def test_a_batch_that_is_misread_is_found(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(batch, *FAULTS[name])
+    monkeypatch.setattr(documents, *FAULTS[name])
     assert fuzz.main(["--calls", "0", "--batches", "30", "--seed", "7"]) == 1
     assert "batch " in capsys.readouterr().out

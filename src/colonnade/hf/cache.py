@@ -13,42 +13,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, cache_utils
+from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from colonnade.cache import Entries, KVCache
 from colonnade.hf.settings import NAME, patterns_of
 from colonnade.ops.heads import Patterns, depends_on_head
 from colonnade.shapes import Key, Output, Query, Value
-
-# Earlier releases of transformers have only one kind.
-_Quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
-
-
-def check_cache(cache: Cache, model: nn.Module) -> None:
-    """Refuse caches that save memory on positions which the pattern never reads again.
-
-    Raises:
-        ValueError: Gradient checkpointing would drop the cache, but not the mask that counts on it.
-        NotImplementedError: A quantised or an offloaded cache.
-    """
-    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        raise ValueError(
-            "gradient checkpointing drops the cache of a model in training, got past_key_values="
-            f"{type(cache).__name__}. Leave the cache out (use_cache=False), or call model.eval() "
-            "first."
-        )
-    layers = getattr(cache, "layers", ())
-    what = "an offloaded" if getattr(cache, "offloading", False) else None
-    if any(isinstance(layer, _Quantized) for layer in layers):
-        what = "a quantised"
-    if what is not None:
-        raise NotImplementedError(
-            f"attn_implementation={NAME!r} takes no quantised and no offloaded cache, got {what} "
-            f"{type(cache).__name__}. Use FixedCache(model.config), which is small and exact, or a "
-            "DynamicCache or StaticCache as they are."
-        )
 
 
 def in_type_of(value: Tensor, tensor: Tensor) -> Tensor:

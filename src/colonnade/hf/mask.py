@@ -18,8 +18,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
-from colonnade.hf.batch import Batch, batch_of_call, last_true
+from colonnade.hf.batch import Batch, batch_of_call
 from colonnade.hf.cache import CacheOffset, FixedCache
+from colonnade.hf.documents import last_true
 from colonnade.hf.settings import NAME
 from colonnade.ops.packing import Packing
 

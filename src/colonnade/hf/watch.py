@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache
 
 from colonnade.hf.batch import (
@@ -23,16 +23,14 @@ from colonnade.hf.batch import (
     Batch,
     batch_of_call,
     check_mask_of_tokens,
-    counted,
-    positions_behind,
     positions_in,
-    read_batch,
     refuse_unknown,
     set_batch_of_call,
     shape_of,
     tokens_of,
 )
-from colonnade.hf.cache import check_cache
+from colonnade.hf.continued import positions_behind
+from colonnade.hf.documents import counted, read_batch
 from colonnade.hf.mask import PatternMask
 from colonnade.hf.names import CACHE
 from colonnade.hf.settings import NAME
@@ -70,7 +68,7 @@ class _Before:
         changed = self._rename(call)
         for argument in call.values():
             if isinstance(argument, Cache):
-                check_cache(argument, module)
+                _check_cache(argument, module)
         if call.get("output_attentions", getattr(module.config, "output_attentions", False)):
             raise NotImplementedError(
                 f"attn_implementation={NAME!r} never forms the weights that output_attentions=True "
@@ -183,3 +181,32 @@ def _after(module: PreTrainedModel, given: Any, output: Any) -> None:
         outer = None if batch is None else batch.outer
         # What a head was told is for one call of its base: the head may be interrupted after it.
         set_batch_of_call(None if outer is None else replace(outer, told={}))
+
+
+# Earlier releases of transformers have only one kind.
+_Quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
+
+def _check_cache(cache: Cache, model: nn.Module) -> None:
+    """Refuse caches that save memory on positions which the pattern never reads again.
+
+    Raises:
+        ValueError: Gradient checkpointing would drop the cache, but not the mask that counts on it.
+        NotImplementedError: A quantised or an offloaded cache.
+    """
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise ValueError(
+            "gradient checkpointing drops the cache of a model in training, got past_key_values="
+            f"{type(cache).__name__}. Leave the cache out (use_cache=False), or call model.eval() "
+            "first."
+        )
+    layers = getattr(cache, "layers", ())
+    what = "an offloaded" if getattr(cache, "offloading", False) else None
+    if any(isinstance(layer, _Quantized) for layer in layers):
+        what = "a quantised"
+    if what is not None:
+        raise NotImplementedError(
+            f"attn_implementation={NAME!r} takes no quantised and no offloaded cache, got {what} "
+            f"{type(cache).__name__}. Use FixedCache(model.config), which is small and exact, or a "
+            "DynamicCache or StaticCache as they are."
+        )
