@@ -284,7 +284,7 @@ def _restarted(r: random.Random, family: str, subblocks: int) -> Draw:
 
 
 def _bad(r: random.Random, family: str, subblocks: int) -> Draw:
-    """What contradicts itself: refused, or harmless after all."""
+    """Draw a call that contradicts itself; some of these turn out to be harmless."""
     draw = r.choice((_padded, _packed, _cached, _restarted))(r, family, subblocks)
     draw.kind, draw.may_refuse = "bad", True
     piece = r.choice(draw.given)

@@ -16,7 +16,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from colonnade.hf import FixedCache, retrofit
+from colonnade.hf import FixedCache, documents, retrofit
 from tests.hf.models import GROUPED, SIZES, dense_model, generate, prompts, random_model
 from tests.rounding import check_half_the_digits
 
@@ -294,13 +294,43 @@ def test_a_cache_may_have_either_name(family: str) -> None:
     cache = DynamicCache()
     parts = [model(part, cache=cache).logits for part in ids.split([11, 13], 1)]
     check_half_the_digits(torch.cat(parts, 1), model(ids).logits)
+    cache = DynamicCache()
+    model(ids[:, :11], cache=cache)
+    second = torch.arange(3)[None]  # Behind the cache a document begins: the cache is seen.
+    found = model(ids[:, 11:14], position_ids=second, cache=cache).logits
+    check_half_the_digits(found, model(ids[:, 11:14]).logits)
     with pytest.raises(ValueError, match="two names of one argument"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
+def test_a_restart_under_another_default_device() -> None:
+    model, ids = _model("llama"), prompts(2, TOTAL)
+    cache = FixedCache(model.config)
+    first, second = torch.arange(9)[None], torch.arange(TOTAL - 9)[None]
+    with torch.device("meta"):
+        cache.announce(9, None)
+    model(ids[:, :9], position_ids=first, past_key_values=cache)
+    with torch.device("meta"):
+        cache.announce(TOTAL - 9, None, torch.ones(2, dtype=torch.bool, device="cpu"))
+    found = model(ids[:, 9:], position_ids=second, past_key_values=cache).logits
+    check_half_the_digits(found, model(ids[:, 9:]).logits)
+
+
+def test_a_call_without_tokens_changes_nothing() -> None:
+    model, ids = _model("sparse_transformer"), prompts(1, TOTAL)
+    cache = FixedCache(model.config)
+    model(ids[:, :9], position_ids=torch.arange(9)[None], past_key_values=cache)
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    read = {"input_ids": nothing, "position_ids": nothing, "past_key_values": cache}
+    documents.read_batch(read, None, keeps=True)
+    onward = torch.arange(9, TOTAL)[None]
+    found = model(ids[:, 9:], position_ids=onward, past_key_values=cache).logits
+    check_half_the_digits(found, model(ids).logits[:, 9:])
+
+
 @each_model
 def test_a_forward_that_nobody_could_see_is_refused(family: str) -> None:
-    """Where hooks do not run, nothing was read."""
+    """Calling `forward` directly skips the hooks, so nothing has been read."""
     model, ids = _model(family), prompts(1, TOTAL)
     with pytest.raises(NotImplementedError, match=r"Call the model itself"):
         model.base_model.forward(ids, position_ids=RESTARTS)

@@ -65,7 +65,7 @@ class _Logits(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["sparse", "llama", "gpt2"])
 def test_models_run_in_onnxruntime(name: str, tmp_path: Any) -> None:
-    """Where the packages are installed: onnx, onnxscript and onnxruntime."""
+    """This needs onnx, onnxscript and onnxruntime, and is skipped without them."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model: Any = random_model() if name == "sparse" else retrofit(dense_model(name), 8, 2)

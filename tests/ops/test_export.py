@@ -99,7 +99,7 @@ def test_a_named_backend_does_not_go_to_onnx(backend: str, monkeypatch: pytest.M
 @each_kind
 @each_pattern
 def test_onnxruntime_computes_the_same(pattern: Pattern, kind: str, tmp_path: Any) -> None:
-    """Where the packages are installed: onnx, onnxscript and onnxruntime."""
+    """This needs onnx, onnxscript and onnxruntime, and is skipped without them."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     module, draw, sizes = _made(kind, pattern, "auto")

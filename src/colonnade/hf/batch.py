@@ -1,4 +1,4 @@
-"""What a call of a model says of its batch: its tokens, its mask, and who hears of it.
+"""The batch that a model is called with: its tokens and its padding, and arguments to refuse.
 
 Where documents begin is read in `documents`.
 """

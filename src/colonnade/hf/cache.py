@@ -256,7 +256,8 @@ class FixedCache(Cache):
         begun = self._begun
         if restarts is not None:
             restarts = restarts.cpu()
-            begun = torch.zeros(len(restarts), dtype=torch.long) if begun is None else begun
+            if begun is None:
+                begun = torch.zeros(len(restarts), dtype=torch.long, device="cpu")
             begun = torch.where(restarts, seen, begun)
         rows = None if restarts is None else tuple(restarts.tolist())
         self._announced = Announcement(seen, length, is_token, rows, begun)

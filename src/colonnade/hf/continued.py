@@ -115,18 +115,17 @@ def positions_behind(
 
 
 _LAST = "_colonnade_last"
-_HIGHEST = 2**31 - 1
 
 
 def remember_end(cache: Cache, seen: int, positions: Tensor, padding: Tensor | None) -> None:
     """Write on a cache where its rows end: the lowest last position, for rows may be reordered."""
-    length = positions.shape[1]
+    rows, length = positions.shape
     if padding is not None:
         positions = positions.masked_fill(~padding, -1)[padding.any(1)]
-    lowest = int(positions.amax(1).min()) if positions.numel() else _HIGHEST
-    if padding is not None and not bool(padding.any(1).all()):  # Of rows that stay as they are.
-        lowest = min(lowest, _last_in(cache, seen))
-    setattr(cache, _LAST, (seen + length, lowest))
+    ends = [int(positions.amax(1).min())] if positions.numel() else []
+    if len(positions) < rows or not ends:  # Some rows stay as they are.
+        ends.append(_last_in(cache, seen))
+    setattr(cache, _LAST, (seen + length, min(ends)))
 
 
 def _last_in(cache: Cache, seen: int) -> int:

@@ -1,4 +1,4 @@
-"""Where documents begin, read from everything that a model is called with.
+"""Finds where documents begin, from all the arguments that a model is called with.
 
 Callers say it in many ways: by position_ids that restart, and by what collators make for flash
 attention and state space models (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k and
@@ -38,7 +38,7 @@ def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool
     """
     batch, length = shape_of(arguments)
     cache, seen = arguments.get("past_key_values"), positions_in(arguments)
-    positions = _positions(arguments.get("position_ids"), batch, length)
+    positions = _positions(arguments.get("position_ids"), batch, length) if length else None
     of_images = positions is not None and len(arguments["position_ids"].shape) == 3
     of_images = of_images and arguments["position_ids"].shape[0] != 4
     new = None if padding is None else padding[:, padding.shape[1] - length :]
@@ -117,20 +117,21 @@ def _positions(position_ids: object, batch: int, length: int) -> Int[Tensor, "..
 def _named(arguments: Mapping[str, Any], batch: int, length: int) -> Int[Tensor, "..."] | None:
     """Return a number of each position's document, if an argument in `NAMES` says so."""
     of_query, of_key, idx = (
-        arguments.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+        _tensor(name, arguments.get(name)) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
     )
-    for name, given in zip(
-        ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"), (of_query, of_key, idx), strict=True
-    ):
-        if given is not None and not isinstance(given, Tensor):
-            raise ValueError(f"{name} must be a tensor, got a {type(given).__name__}.")
     longest = [arguments.get(name) for name in ("max_length_q", "max_length_k")]
     if of_query is not None and of_key is not None:
-        same = of_query.shape == of_key.shape
+        if of_query.shape != of_key.shape:
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k must be equal, got shapes "
+                f"{tuple(of_query.shape)} and {tuple(of_key.shape)}."
+            )
         require(
-            (of_query == of_key).all() if same else torch.tensor(False),
+            (of_query == of_key).all(),
             "cu_seq_lens_q and cu_seq_lens_k must be equal",
-            lambda: f"{of_query.tolist()} and {of_key.tolist()}",
+            lambda: (
+                f"cu_seq_lens_q={arguments['cu_seq_lens_q'].tolist()} and another cu_seq_lens_k"
+            ),
         )
     ends = of_key if of_query is None else of_query
     if ends is None and any(most is not None for most in longest):
@@ -146,14 +147,20 @@ def _named(arguments: Mapping[str, Any], batch: int, length: int) -> Int[Tensor,
             f"seq_idx must be [batch or 1, length], got seq_idx.shape={tuple(idx.shape)} for "
             f"{batch} rows of {length} tokens."
         )
-    idx = idx.expand(batch, -1)
+    of_idx = idx.expand(batch, -1)
     if number is not None:
         require(
-            ((idx.diff() != 0) == (number.diff() != 0)).all(),
+            ((of_idx.diff() != 0) == (number.diff() != 0)).all(),
             "seq_idx and cu_seq_lens_q must say the same",
-            lambda: f"documents that begin elsewhere in seq_idx={_shown(idx)}",
+            lambda: f"documents that begin elsewhere in seq_idx={_shown(of_idx)}",
         )
-    return idx  # type: ignore[no-any-return]
+    return of_idx
+
+
+def _tensor(name: str, given: object) -> Tensor | None:
+    if given is not None and not isinstance(given, Tensor):
+        raise ValueError(f"{name} must be a tensor, got a {type(given).__name__}.")
+    return given
 
 
 def _of_ends(

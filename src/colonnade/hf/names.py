@@ -1,7 +1,7 @@
-"""What transformers calls the cache of a model: past_key_values, and cache from 5.24 on.
+"""The two names of a model's cache: past_key_values, and since transformers 5.24 cache.
 
-`generate` passes it under that name, reads it from the outputs of a model under that name, and
-warns of the other one.
+`generate` passes it under the name of its release, and reads it from a model's outputs under that
+name; from 5.24 on it warns about the other one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,21 @@ CACHE = next(
 """The name in the installed release."""
 
 
+def give_one_name(call: dict[str, Any]) -> None:
+    """Let the arguments of a call have their cache as `past_key_values`, in place.
+
+    Raises:
+        ValueError: It is given under both names.
+    """
+    cache = call.pop("cache", None)
+    if cache is not None:
+        if call.get("past_key_values") is not None:
+            raise ValueError(
+                "past_key_values and cache are two names of one argument, got both. Give one."
+            )
+        call["past_key_values"] = cache
+
+
 def takes_either_name(forward: Forward) -> Forward:
     """Let a forward with an argument `past_key_values` take it as `cache` too, in every release.
 
@@ -32,14 +47,7 @@ def takes_either_name(forward: Forward) -> Forward:
 
     @functools.wraps(forward)
     def with_one_name(*args: Any, **kwargs: Any) -> Any:
-        if "cache" in kwargs:
-            cache = kwargs.pop("cache")
-            if cache is not None and kwargs.get("past_key_values") is not None:
-                raise ValueError(
-                    "past_key_values and cache are two names of one argument, got both. Give one."
-                )
-            if cache is not None:
-                kwargs["past_key_values"] = cache
+        give_one_name(kwargs)
         return forward(*args, **kwargs)
 
     return with_one_name  # type: ignore[return-value]  # It takes one name more.

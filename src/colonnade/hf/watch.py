@@ -32,7 +32,7 @@ from colonnade.hf.batch import (
 from colonnade.hf.continued import positions_behind
 from colonnade.hf.documents import counted, read_batch
 from colonnade.hf.mask import PatternMask
-from colonnade.hf.names import CACHE
+from colonnade.hf.names import give_one_name
 from colonnade.hf.settings import NAME
 
 
@@ -65,7 +65,11 @@ class _Before:
         told = {name: call[name] for name in NAMES if call.get(name) is not None}
         # The hook behind the call takes it away again.
         set_batch_of_call(Batch(of=module, outer=outer, told=told, is_read=False))
-        changed = self._rename(call)
+        arguments = dict(call)
+        give_one_name(arguments)
+        # A model that does not know the newer name would swallow it.
+        changed = "cache" in call and "cache" not in self.names
+        call = dict(arguments) if changed else call
         for argument in call.values():
             if isinstance(argument, Cache):
                 _check_cache(argument, module)
@@ -78,26 +82,12 @@ class _Before:
         refuse_unknown({key: named[key] for key in named if key not in self.names})
         # What is in a head reads for itself.
         if getattr(module, "base_model", module) is module:
-            arguments = call | {"past_key_values": call.get("past_key_values", call.get(CACHE))}
             if outer is not None and not told:
                 arguments |= outer.told  # Some heads keep to themselves what they are told.
             changes = self._read(module, arguments, outer)
             changed |= bool(changes)
             call |= changes
         return ((), call) if changed else None
-
-    def _rename(self, call: dict[str, Any]) -> bool:
-        """Give a model its cache under its own name; return whether that changed the call."""
-        if call.get("cache") is not None and call.get("past_key_values") is not None:
-            raise ValueError(
-                "past_key_values and cache are two names of one argument, got both. Give one."
-            )
-        if "cache" not in call or "cache" in self.names or "past_key_values" not in self.names:
-            return False
-        cache = call.pop("cache")
-        if cache is not None:
-            call["past_key_values"] = cache
-        return True
 
     def _read(
         self, module: PreTrainedModel, arguments: dict[str, Any], outer: Batch | None
@@ -107,15 +97,15 @@ class _Before:
         if tokens is None:
             if unread := [name for name in NAMES if arguments.get(name) is not None]:
                 raise NotImplementedError(
-                    f"documents are read of input_ids [batch, length] or inputs_embeds, got "
-                    f"{unread} for other tokens of a {type(module).__name__}."
+                    "arguments that say where documents begin need input_ids [batch, length] or "
+                    f"inputs_embeds, got {unread} for a {type(module).__name__} without either."
                 )
             return {}
         said = (tokens, *map(arguments.get, SAID))
         if outer is not None and _is_same(outer.said, said):
             set_batch_of_call(replace(outer, of=module, outer=outer))
             return {}
-        cache, uses = arguments["past_key_values"], arguments.get("use_cache")
+        cache, uses = arguments.get("past_key_values"), arguments.get("use_cache")
         keeps = cache is not None or bool(uses)
         if torch.compiler.is_compiling() and uses is None and not module.training:
             keeps |= bool(module.config.use_cache)  # It cannot see whether a row is packed.

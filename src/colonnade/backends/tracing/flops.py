@@ -1,8 +1,8 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for the operations: the pairs, no more.
+"""FLOP formulas of the operations, for `torch.utils.flop_counter.FlopCounterMode`.
 
-A multiply-add is two FLOPs, as there. The forward has the scores and their product with the values;
-the backward has the scores once more and the four products of the gradients, as PyTorch counts its
-own attention. The softmax is left out.
+They count the pairs that are read and nothing else. A multiply-add is two FLOPs, as there. The
+forward has the scores and their product with the values; the backward has the scores once more and
+the four products of the gradients, as PyTorch counts its own attention. The softmax is left out.
 """
 
 from __future__ import annotations
