@@ -116,7 +116,7 @@ def test_an_adapter_goes_on_top_of_a_fixed_base(tmp_path: Path) -> None:
 def test_another_attention_that_is_asked_for_is_said(
     family: str, kind: str, tmp_path: Path
 ) -> None:
-    retrofit(dense_model(family), 8, 2).save_pretrained(tmp_path)
+    retrofit(dense_model(family), 8, 2, subblocks=2).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=f"loses it: attn_implementation='{kind}'"):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path, attn_implementation=kind, dtype=torch.float64
@@ -124,6 +124,10 @@ def test_another_attention_that_is_asked_for_is_said(
     ids = prompts(1, 30)
     dense = dense_model(family, attn_implementation=kind)
     check_half_the_digits(model(ids).logits, dense(ids).logits)
+    # What is saved again is still the model that was retrofitted.
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float64)
+    check_half_the_digits(again(ids).logits, _oracle(family, ids))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -152,7 +156,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path / "fixed", attn_implementation="sdpa")
     with (
         pytest.warns(UserWarning, match="loses it"),
-        pytest.raises(ValueError, match="ask for another attention, got 'sdpa'"),
+        pytest.raises(ValueError, match="the configuration asks for 'sdpa'"),
     ):
         load(tmp_path / "fixed", config=config)
     for names, message in ((None, "must name the class"), (["Mine"], r"Use Mine\.from_pretrained")):

@@ -254,6 +254,21 @@ def test_a_document_that_began_behind_a_cache_goes_on_without_positions(
     check_half_the_digits(found[0, kept], model(ids[:1, 9:][:, kept]).logits[0])
 
 
+@each_model
+@pytest.mark.parametrize("make", [FixedCache, DynamicCache])
+def test_generation_from_a_cache_with_several_documents_is_refused(family: str, make: Any) -> None:
+    """It counts the tokens of all of them, which looks like a jump. A real jump is obeyed."""
+    model, ids = _model(family), prompts(2, TOTAL)
+    cache = make(model.config) if make is FixedCache else make()
+    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, 9:20], position_ids=torch.arange(11)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"begin at \[20, 20\].*\[11, 11\].*`generate` counts"):
+        generate(model, ids[:, :21], past_key_values=cache, max_new_tokens=2)
+    there = torch.tensor([[*range(11), *range(30, 34)]])
+    found = model(ids[:, 20:], position_ids=there[:, 11:], past_key_values=cache).logits
+    check_half_the_digits(found, model(ids[:, 9:], position_ids=there).logits[:, 11:])
+
+
 def test_a_restart_below_what_positions_jumped_to_is_seen() -> None:
     """The same positions in one call are two documents."""
     model, ids = _model("llama"), prompts(2, TOTAL)

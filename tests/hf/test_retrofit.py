@@ -193,6 +193,8 @@ def test_attention_of_another_kind_raises_where_it_is_called() -> None:
     with pytest.raises(NotImplementedError, match="causal"):
         gpt2(ids, encoder_hidden_states=torch.randn(1, 5, 32, dtype=torch.float64))
     model = retrofit(dense_model("llama"), 8, 2)
+    with pytest.raises(NotImplementedError, match="both directions"):
+        model(ids, is_causal=False)
     with pytest.raises(ValueError, match="own mask function only"):
         model(ids, attention_mask=torch.ones(1, 1, 12, 12))
     attention = model.model.layers[0].self_attn

@@ -115,7 +115,8 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
     found = model.config.get_text_config(decoder=True)._attn_implementation
     if found != NAME:
         raise ValueError(
-            f"config must not ask for another attention, got {found!r}. Leave config out."
+            f"load gives fixed attention, and the configuration asks for {found!r}. Take "
+            "attn_implementation out of the configuration, or use from_pretrained."
         )
     return loaded
 

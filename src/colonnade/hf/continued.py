@@ -46,6 +46,11 @@ def behind_cache(
 
     stops = [here and not goes_on_at(start, count) for start, count, here in rows]
     if not any(stops):
+        if not of_images:
+            every = [int(seen)] * len(rows)
+            if padding is not None:
+                every = padding[:, :so_far].sum(1).tolist()
+            _refuse_counts_of_all(rows, every, last)
         return Batch(hidden=hidden)
     if of_images or any(
         stop and start > 0 for (start, _, _), stop in zip(rows, stops, strict=True)
@@ -64,6 +69,34 @@ def behind_cache(
         )
     setattr(cache, _HIDDEN, [*getattr(cache, _HIDDEN, ()), seen])
     return Batch(hidden=int(seen))
+
+
+def _refuse_counts_of_all(
+    rows: Sequence[tuple[int, int, bool]], every: Sequence[int], last: int
+) -> None:
+    """Refuse positions that count the tokens of earlier documents too, as `generate` does.
+
+    They would be taken for a jump forward.
+
+    Args:
+        rows: Of each row, where its new positions begin, the tokens of its document so far, and
+            whether it has new tokens.
+        every: The tokens of each row so far, of all its documents.
+        last: The lowest last position of the rows; -1 if it is not known.
+
+    Raises:
+        ValueError: They are such positions.
+    """
+    if any(
+        here and count < total == start > last + 1
+        for (start, count, here), total in zip(rows, every, strict=True)
+    ):
+        raise ValueError(
+            "position_ids must count the tokens of a row's last document, and a document began "
+            f"inside of the cache, got position_ids that begin at {[start for start, *_ in rows]} "
+            f"for rows with {[count for _, count, _ in rows]} tokens of their last document. "
+            "`generate` counts all tokens in a cache: hand it the cache of one document."
+        )
 
 
 def hidden_in(cache: Cache | None, seen: int | Tensor) -> int:

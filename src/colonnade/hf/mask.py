@@ -191,6 +191,6 @@ def check_mask(attention_mask: object) -> PatternMask:
 
 
 UNKNOWN = (
-    f"attn_implementation={NAME!r} knows causal masks, padding and packed rows only, got a mask "
-    "over them (a sliding window, a prefix, or one of your own)."
+    f"attn_implementation={NAME!r} knows causal masks, padding and packed rows only, got another "
+    "mask (a sliding window, a prefix, both directions, or one of your own)."
 )

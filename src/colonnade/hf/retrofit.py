@@ -45,8 +45,9 @@ def retrofit(
     This works for transformers models that attend through the attention interface, such as Llama,
     Qwen, Mistral, GPT-2 and GPT-NeoX; of a vision-language model the text decoder alone changes.
     The settings and the name of the attention are written into `model.config` and saved with it, so
-    after `import colonnade.hf` whatever loads the checkpoint gives fixed attention. For the small
-    cache, pass `past_key_values=FixedCache(model.config)` to `generate`.
+    after `import colonnade.hf` whatever loads the checkpoint gives fixed attention.
+    `set_attn_implementation` changes the model in memory alone, not what is saved of it. For the
+    small cache, pass `past_key_values=FixedCache(model.config)` to `generate`.
 
     Args:
         model: The model, which is changed in place.
