@@ -394,3 +394,44 @@ def test_a_cache_that_is_quantised_or_offloaded_is_refused_where_it_is_handed_in
             generate(model, ids, cache_implementation="offloaded", **GREEDY)
         model.set_attn_implementation("sdpa")
         model(ids, past_key_values=quantised)
+
+
+def test_a_mask_with_as_many_tokens_elsewhere_is_refused() -> None:
+    """The entries that it names were never kept, or are those of other positions."""
+    model, ids = retrofit(dense_model("llama"), 8, 2), prompts(1, 12)
+    cache = FixedCache(model.config)
+    mask = torch.ones(1, 12)
+    mask[0, 0] = 0
+    model(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache)
+    other = mask.roll(3, 1)
+    with pytest.raises(ValueError, match="attention_mask must say of earlier positions what it"):
+        model(ids[:, 10:], attention_mask=other, past_key_values=cache)
+    found = model(ids[:, 10:], attention_mask=mask, past_key_values=cache).logits
+    check_half_the_digits(found, model(ids, attention_mask=mask).logits[:, 10:])
+
+
+def test_a_call_that_failed_before_anything_was_kept_leaves_an_empty_cache() -> None:
+    model, ids = retrofit(dense_model("llama"), 8, 2), prompts(1, 12)
+    cache = FixedCache(model.config)
+    mask = torch.ones(1, 12)
+    mask[0, :3] = 0
+    hook = model.model.layers[0].register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    hook.remove()
+    found = model(ids, past_key_values=cache).logits
+    check_half_the_digits(found, model(ids).logits)
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("on purpose")
+
+
+def test_a_crop_to_the_beginning_of_a_later_document_is_refused() -> None:
+    """What was before it is gone, so the earlier document cannot go on."""
+    model, ids = retrofit(dense_model("llama"), 8, 2), prompts(1, 25)
+    cache = FixedCache(model.config)
+    model(ids[:, :10], past_key_values=cache)
+    model(ids[:, 10:], position_ids=torch.arange(15)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match="a document began at the new end or behind it"):
+        cache.crop(-15)

@@ -11,10 +11,14 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
+    CsmBackboneModel,
+    CsmConfig,
     DataCollatorWithFlattening,
     DynamicCache,
     LlamaForSequenceClassification,
+    StaticCache,
 )
+from transformers.masking_utils import create_masks_for_generate
 
 from colonnade.hf import FixedCache, documents, retrofit
 from tests.hf.models import GROUPED, SIZES, dense_model, generate, prompts, random_model
@@ -106,7 +110,13 @@ def test_one_way_to_say_it_is_enough(family: str, given: dict[str, Tensor]) -> N
         ),
         ({"cu_seq_lens_q": torch.tensor([0, 24, 48]), "max_length_q": 23}, "the longest document"),
         ({"max_length_q": 24}, "cu_seq_lens_q must say where"),
-        ({"seq_idx": torch.zeros(3, TOTAL)}, r"seq_idx must be \[batch or 1"),
+        ({"cu_seq_lens_q": torch.tensor([0.0, 24.0, 48.0])}, "cu_seq_lens_q must be integers"),
+        ({"seq_idx": torch.full((2, TOTAL), float("nan"))}, "seq_idx must be integers"),
+        ({"cache_position": torch.arange(1, TOTAL + 1)}, "must be the next places in the cache"),
+        ({"cache_position": torch.arange(3)}, r"cache_position must be \[length\]"),
+        ({"position_ids": RESTARTS.tolist()}, "position_ids must be a tensor, got a list"),
+        ({"position_ids": RESTARTS > 0}, "position_ids must be integers"),
+        ({"seq_idx": torch.zeros(3, TOTAL, dtype=torch.int)}, r"seq_idx must be \[batch or 1"),
         (
             {
                 "seq_idx": torch.arange(TOTAL)[None] // 12,
@@ -191,7 +201,7 @@ def test_a_row_begins_a_document_while_others_go_on() -> None:
     ).logits
     check_half_the_digits(found[:1], model(rows[:1, 13:]).logits[:, 7:])
     check_half_the_digits(found[1:], model(rows[1:]).logits[:, 20:])
-    with pytest.raises(ValueError, match="a document began behind the new end"):
+    with pytest.raises(ValueError, match="a document began at the new end or behind it"):
         cache.crop(-15)
 
 
@@ -204,7 +214,7 @@ def test_positions_that_neither_go_on_nor_restart_are_refused(family: str, make:
     with pytest.raises(ValueError, match=r"go on where the row in the cache ends.*begin at \[4\]"):
         model(ids[:, 9:10], position_ids=torch.tensor([[4]]), past_key_values=cache)
     with pytest.raises(NotImplementedError, match="by position_ids alone, got seq_idx"):
-        model(ids[:, 9:10], seq_idx=torch.zeros(1, 1), past_key_values=cache)
+        model(ids[:, 9:10], seq_idx=torch.zeros(1, 1, dtype=torch.int), past_key_values=cache)
     onward = model(ids[:, 9:], past_key_values=cache).logits
     check_half_the_digits(onward, model(ids).logits[:, 9:])
 
@@ -267,6 +277,17 @@ def test_generation_from_a_cache_with_several_documents_is_refused(family: str, 
     there = torch.tensor([[*range(11), *range(30, 34)]])
     found = model(ids[:, 20:], position_ids=there[:, 11:], past_key_values=cache).logits
     check_half_the_digits(found, model(ids[:, 9:], position_ids=there).logits[:, 11:])
+
+
+@each_model
+def test_places_in_the_cache_may_be_said_again(family: str) -> None:
+    """As callers did for earlier releases of transformers."""
+    model, ids, cache = _model(family), prompts(1, TOTAL), DynamicCache()
+    parts = [
+        model(ids[:, part], past_key_values=cache, cache_position=torch.arange(TOTAL)[part]).logits
+        for part in (slice(0, 9), slice(9, TOTAL))
+    ]
+    check_half_the_digits(torch.cat(parts, 1), model(ids).logits)
 
 
 def test_a_restart_below_what_positions_jumped_to_is_seen() -> None:
@@ -383,16 +404,142 @@ def test_a_call_that_failed_forgets_no_document() -> None:
     check_half_the_digits(found, model(ids).logits[:, 6:])
 
 
-def test_positions_of_images_restart_where_time_goes_back() -> None:
-    """Three axes: time stands still inside of an image."""
+def _of_images() -> Any:
+    """Return a retrofitted text decoder whose positions have three axes."""
     config = AutoConfig.for_model("qwen2_vl")
     text: Any = config.text_config
     sizes = {**SIZES, **GROUPED, "head_dim": 8, "num_hidden_layers": 2}
     text.update({key: value for key, value in sizes.items() if key != "pad_token_id"})
     text.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    model = retrofit(AutoModel.from_config(text).double().eval(), 8, 2)
-    ids = prompts(1, TOTAL)
-    times = torch.tensor([0, 1, 2, 2, 2, 2, 3, 4, 5, 6, 0, 1, 2, 2, 2, 5, *range(6, 14)])
-    found = model(ids, position_ids=times.expand(3, 1, -1)).last_hidden_state
-    alone = model(ids[:, 10:], position_ids=times[10:].expand(3, 1, -1)).last_hidden_state
-    check_half_the_digits(found[:, 10:], alone)
+    return retrofit(AutoModel.from_config(text).double().eval(), 8, 2)
+
+
+def _with_an_image(before: int, after: int) -> Tensor:
+    """Return positions [3, 1, length] of some words, an image of 2 × 2 tokens, and some words."""
+    words, image = (
+        torch.arange(before).expand(3, -1),
+        torch.tensor([[0] * 4, [0, 0, 1, 1], [0, 1] * 2]),
+    )
+    behind = torch.arange(before + 2, before + 2 + after).expand(3, -1)
+    return torch.cat([words, before + image, behind], 1)[:, None]
+
+
+@pytest.mark.parametrize(
+    "lengths", [(2, 8), (0, 9), (1, 1, 8), (1, 19), (1, 1, 18), (11, 1, 8)], ids=str
+)
+def test_documents_with_images(lengths: tuple[int, ...]) -> None:
+    """Time stands still inside of an image, but no two of its tokens are at one place."""
+    model = _of_images()
+    first = _with_an_image(lengths[0], lengths[1]) if len(lengths) == 2 else None
+    places = (
+        [torch.arange(n).expand(3, 1, -1) for n in lengths] if first is None else [first, first]
+    )
+    ids = prompts(1, sum(place.shape[2] for place in places))
+    found = model(ids, position_ids=torch.cat(places, 2), use_cache=False).last_hidden_state
+    ends = [0, *accumulate(place.shape[2] for place in places)]
+    for place, begin, end in zip(places, ends, ends[1:], strict=False):
+        alone = model(ids[:, begin:end], position_ids=place, use_cache=False).last_hidden_state
+        check_half_the_digits(found[:, begin:end], alone)
+
+
+@pytest.mark.parametrize("make", [FixedCache, DynamicCache, None])
+@pytest.mark.parametrize("length", [1, 12])
+def test_with_images_no_document_begins_behind_a_cache(make: Any, length: int) -> None:
+    model, ids, place = _of_images(), prompts(1, TOTAL), _with_an_image(3, TOTAL - 7)
+    cache = make and (make(model.config) if make is FixedCache else make())
+
+    def run(part: slice, positions: Tensor) -> Any:
+        return model(ids[:, part], position_ids=positions, past_key_values=cache, use_cache=True)
+
+    first = run(slice(0, length), torch.arange(length).expand(3, 1, -1))
+    cache = first.past_key_values
+    with pytest.raises(ValueError, match=r"must go on.*begin at \[0\]"):
+        run(slice(length, TOTAL), torch.arange(TOTAL - length).expand(3, 1, -1))
+    cache = make and (make(model.config) if make is FixedCache else make())
+    parts = []
+    for part in (slice(0, 5), slice(5, 6), slice(6, TOTAL)):  # Inside of the image too.
+        parts.append(run(part, place[:, :, part]).last_hidden_state)
+        cache = (
+            cache or model(ids[:, :5], position_ids=place[:, :, :5], use_cache=True).past_key_values
+        )
+    expected = model(ids, position_ids=place, use_cache=False).last_hidden_state
+    check_half_the_digits(torch.cat(parts, 1), expected)
+
+
+@each_model
+def test_a_cache_that_the_model_made_knows_where_its_rows_end(family: str) -> None:
+    model, ids = _model(family), prompts(1, TOTAL)
+    first = torch.tensor([[0, 1, 2, 3, 40, 41, 42, 43]])
+    cache = model(ids[:, :8], position_ids=first, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"must go on.*begin at \[20\]"):
+        model(ids[:, 8:9], position_ids=torch.tensor([[20]]), past_key_values=cache)
+    found = model(ids[:, 8:9], position_ids=torch.tensor([[44]]), past_key_values=cache).logits
+    whole = model(ids[:, :9], position_ids=torch.cat([first, torch.tensor([[44]])], 1))
+    check_half_the_digits(found, whole.logits[:, 8:])
+
+
+@each_model
+@pytest.mark.parametrize("make", [FixedCache, DynamicCache, StaticCache])
+def test_generation_goes_on_with_the_last_of_several_documents(family: str, make: Any) -> None:
+    """From positions that say so. The mask of a static cache is made before the model is called."""
+    model, ids = _model(family), prompts(1, 20)
+    cache = make(model.config, 60) if make is StaticCache else make(config=model.config)
+    model(ids[:, :10], past_key_values=cache)
+    place = torch.arange(10).repeat(2)[None]
+    found = generate(
+        model,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=place,
+        past_key_values=cache,
+        max_new_tokens=6,
+    )
+    alone = generate(model, ids[:, 10:], max_new_tokens=6)
+    assert found[0, 20:].tolist() == alone[0, 10:].tolist()
+
+
+@each_model
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_mask_that_was_made_ahead_says_no_less(family: str, packed: bool) -> None:
+    """What the call says of documents is read with it."""
+    model, ids = _model(family), prompts(2, TOTAL)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    embeds = model.get_input_embeddings()(ids)
+    ahead = create_masks_for_generate(model.config, embeds, mask, past_key_values=None)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    if packed:
+        places[:, 12:] -= places[:, 12:13].clone()
+    given = {"position_ids": places, "use_cache": False}
+    found = model(ids, attention_mask=ahead, **given).logits
+    expected = model(ids, attention_mask=mask, **given).logits
+    check_half_the_digits(found[mask.bool()], expected[mask.bool()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [FixedCache, DynamicCache, StaticCache])
+def test_a_compiled_call_goes_on_from_no_cache_with_several_documents(make: Any) -> None:
+    model, ids = _model("llama"), prompts(1, 20)
+    cache = make(model.config, 60) if make is StaticCache else make(config=model.config)
+    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, 9:16], past_key_values=cache, position_ids=torch.arange(7)[None])
+    compiled = torch.compile(model, backend="eager")
+    for position_ids in (None, torch.tensor([[7]])):
+        with pytest.raises(RuntimeError, match="cannot go on from a cache inside of which"):
+            compiled(ids[:, 16:17], past_key_values=cache, position_ids=position_ids)
+
+
+def test_numbers_of_codebooks_are_tokens_too() -> None:
+    """A model for sound has several numbers for each position: [batch, length, codebooks]."""
+    config = CsmConfig(**SIZES, **GROUPED, head_dim=8, num_codebooks=2)
+    model = retrofit(CsmBackboneModel(config).double().eval(), 8, 2)
+    ids = torch.stack([prompts(1, TOTAL), prompts(1, TOTAL)], 2)
+    found = model(ids, position_ids=RESTARTS, use_cache=False).last_hidden_state
+    parts = [model(part, use_cache=False).last_hidden_state for part in ids.split(LENGTHS, 1)]
+    check_half_the_digits(found, torch.cat(parts, 1))
+    with pytest.raises(ValueError, match="take no cache"):
+        model(ids, position_ids=RESTARTS, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="1 at tokens and 0 at padding"):
+        model(ids, attention_mask=torch.full((1, TOTAL), 2))
+    with pytest.raises(ValueError, match=r"attention_mask.shape=\(1, 23\)"):
+        model(ids, attention_mask=torch.ones(1, TOTAL - 1))

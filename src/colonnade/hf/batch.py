@@ -5,14 +5,17 @@ Where documents begin is read in `documents`.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
 
@@ -20,6 +23,8 @@ from colonnade.hf.settings import NAME
 
 NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Arguments that say where documents are, besides position_ids."""
+HANDED_ON = ("position_ids", *NAMES)
+"""Arguments that some heads keep to themselves, although they concern the model inside."""
 SAID = ("attention_mask", "position_ids", "past_key_values", *NAMES)
 """All arguments that are read."""
 
@@ -35,46 +40,77 @@ class Batch:
             `FixedCache` holds; None: nowhere.
         hidden: Number of positions in another cache that belong to earlier documents.
         said: The tokens, and the arguments in `SAID`, as they were read.
-        told: Those in `NAMES` that the call was given.
-        of: The model that is called.
-        outer: What the call around this one says, if it is a part of one.
-        is_read: Whether the arguments were read; not if the tokens come under other names.
+        end: (positions that the cache then holds, where its rows end), if the call says positions.
     """
 
     begins: Bool[Tensor, "batch length"] | None = None
     restarts: Bool[Tensor, " batch"] | None = None
     hidden: int = 0
     said: tuple[Any, ...] = ()
-    told: dict[str, Any] = field(default_factory=dict)
-    of: nn.Module | None = None
-    outer: Batch | None = None
-    is_read: bool = True
+    end: tuple[int, int] | None = None
+
+
+@dataclass(eq=False)
+class ModelCall:
+    """A call of a model that runs in this thread.
+
+    Attributes:
+        model: The model that is called.
+        told: Those arguments in `HANDED_ON` that it was given.
+        outer: The call around this one, if the model is a part of that one's.
+        before: The innermost call that ran when this one began.
+        frame: The frame that runs it; None if a compiler traces it.
+        batch: What it says of its tokens; None: nobody reads it, they come under other names.
+    """
+
+    model: PreTrainedModel
+    told: dict[str, Any]
+    outer: ModelCall | None
+    before: ModelCall | None
+    frame: FrameType | None
+    batch: Batch | None = None
 
 
 # A subclass with a default would be shorter, but compilers read the default even after a change.
 _HERE = threading.local()
 
 
-def batch_of_call() -> Batch | None:
-    """Return what the innermost call that runs in this thread says; None outside of any.
+def running_call() -> ModelCall | None:
+    """Return the innermost call that runs in this thread; None outside of any.
 
-    transformers hands the mask function neither the arguments nor the cache of a call.
+    transformers hands the mask function neither the arguments nor the cache of a call. What a call
+    left behind that was interrupted, by Ctrl-C for example, is dropped.
     """
-    return getattr(_HERE, "batch", None)
+    call: ModelCall | None = getattr(_HERE, "call", None)
+    if torch.compiler.is_compiling():  # It sees no frames.
+        return call
+    while call is not None and not _runs(call.frame):
+        call = _HERE.call = call.before
+    return call
 
 
-def set_batch_of_call(batch: Batch | None) -> None:
-    """Say what the call that begins is about, or that of the call around the one that ended."""
-    _HERE.batch = batch
+def _runs(frame: FrameType | None) -> bool:
+    """Whether a frame is one of those that led here; None is not known, and taken for one."""
+    here: FrameType | None = sys._getframe(1)
+    while frame is not None and here is not None and here is not frame:
+        here = here.f_back
+    return here is not None
+
+
+def set_running_call(call: ModelCall | None) -> None:
+    """Say which call is the innermost from now on."""
+    _HERE.call = call
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return the tokens of a call, or their embeddings; None if they come under another name."""
+    """Return the tokens of a call, or their embeddings; None if they come under another name.
+
+    Both are [batch, length, …]: the tokens of some models for sound have a number in each codebook.
+    """
     ids = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if ids is None else ids
-    if not isinstance(tokens, Tensor) or tokens.ndim != (3 if ids is None else 2):
-        return None  # Codebooks, for example.
-    return tokens
+    known = isinstance(tokens, Tensor) and tokens.ndim in ((3,) if ids is None else (2, 3))
+    return tokens if known else None
 
 
 def shape_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -134,6 +170,7 @@ _HARMLESS = {
     *("use_cache", "past_key_values", "cache", "cache_params", "return_dict"),
     *("position_embeddings", "logits_to_keep", "token_type_ids", "deterministic"),
     *("ignore_index", "shift_labels"),
+    "cache_position",  # Checked where it is read.
     # Where a forward was replaced by one that takes anything.
     *("input_ids", "inputs_embeds", "attention_mask", "labels"),
 }

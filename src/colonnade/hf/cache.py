@@ -49,6 +49,7 @@ class Announcement:
         is_token: [batch, length], False at padding; None if there is no padding.
         restarts: Whether each row begins another document; None: no row does.
         begun: [batch], where the document of each row begins then; None: at 0.
+        padding: [batch, positions], True at tokens of all positions; None: there is no padding.
     """
 
     seen: int
@@ -56,6 +57,7 @@ class Announcement:
     is_token: Bool[Tensor, "batch length"] | None
     restarts: tuple[bool, ...] | None = None
     begun: Tensor | None = None
+    padding: Tensor | None = None
 
 
 class FixedLayer(CacheLayerMixin):
@@ -260,10 +262,9 @@ class FixedCache(Cache):
                 begun = torch.zeros(len(restarts), dtype=torch.long, device="cpu")
             begun = torch.where(restarts, seen, begun)
         rows = None if restarts is None else tuple(restarts.tolist())
-        self._announced = Announcement(seen, length, is_token, rows, begun)
+        self._announced = Announcement(seen, length, is_token, rows, begun, attention_mask)
         for layer in self.layers:
             layer.given = None
-        self._padding = attention_mask
 
     def check_padding(self, attention_mask: Tensor, seen: int, length: int) -> None:
         """Refuse a mask that is not that of all positions, or contradicts an earlier one.
@@ -277,13 +278,16 @@ class FixedCache(Cache):
                 f"attention_mask.shape={tuple(attention_mask.shape)} for {seen} positions in the "
                 f"cache and {length} new ones."
             )
-        kept = torch.tensor(self.layers[0].kv.seq_lens, device="cpu")
-        tokens = self._tokens(attention_mask, seen)
-        if seen and not torch.equal(tokens, kept):
+        said = attention_mask[:, :seen].bool().cpu()
+        differs = ~said if self._padding is None else said != self._padding[:, :seen].cpu()
+        if self._begun is not None:  # What a document left behind may be said in any way.
+            differs = differs & (torch.arange(seen, device="cpu") >= self._begun[:, None])
+        if seen and differs.any():
             raise ValueError(
                 "attention_mask must say of earlier positions what it said when they came: what "
                 f"was left out then is not in the cache. Its rows have now "
-                f"{tokens.tolist()} tokens there, and had {kept.tolist()}."
+                f"{self._tokens(attention_mask, seen).tolist()} tokens there, and had "
+                f"{self.layers[0].kv.seq_lens}."
             )
 
     def _tokens(self, padding: Tensor, seen: int) -> Tensor:
@@ -316,7 +320,7 @@ class FixedCache(Cache):
         if announced.restarts is not None:
             left = zip(layer.kv.seq_lens, announced.restarts, strict=True)
             layer.kv.crop([0 if again else length for length, again in left])
-        self._begun = announced.begun
+        self._begun, self._padding = announced.begun, announced.padding
         return layer.update(key_states, value_states, announced.is_token)
 
     def reset(self) -> None:
@@ -339,9 +343,9 @@ class FixedCache(Cache):
             )
         # Assisted decoding in earlier releases of transformers hands in a tensor.
         seen = max(self.get_seq_length() + int(tokens_to_remove), 0)
-        if self._begun is not None and (self._begun > seen).any():
+        if self._begun is not None and ((self._begun > 0) & (self._begun >= seen)).any():
             raise ValueError(
-                "a document began behind the new end, and what was before it is gone, got "
+                "a document began at the new end or behind it, and what was before it is gone, got "
                 f"tokens_to_remove={tokens_to_remove}, and documents that begin at "
                 f"{self._begun.tolist()} of {self.get_seq_length()} positions."
             )

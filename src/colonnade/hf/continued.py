@@ -29,19 +29,19 @@ def behind_cache(
         first = positions.gather(1, new.long().argmax(1, keepdim=True))[:, 0]
         comes = new.any(1)
     if torch.compiler.is_compiling():  # It cannot tell one from the other.
-        before = seen - hidden if padding is None else padding[:, hidden:so_far].sum(1)
-        goes_on = first >= (0 if of_images else before)
+        before = seen if padding is None else padding[:, :so_far].sum(1)
+        goes_on = first >= (1 if of_images else before)
         goes_on = goes_on if comes is None else goes_on | ~comes
         require(goes_on.all(), _GOES_ON, lambda: "other positions")
-        return Batch(hidden=hidden)
+        return Batch()
     held = _held(cache, int(seen), hidden, padding, positions)
     present = [True] * len(first) if comes is None else comes.tolist()
     rows = list(zip(first.tolist(), held, present, strict=True))
     last = _last_in(cache, int(seen))
 
     def goes_on_at(start: int, count: int) -> bool:
-        if of_images:  # An image has more tokens than times.
-            return start >= last
+        if of_images:  # An image has more tokens than times. It comes behind a token at least.
+            return start >= max(last, 1)
         return count == 0 or (start >= count and start > last)
 
     stops = [here and not goes_on_at(start, count) for start, count, here in rows]
@@ -99,6 +99,13 @@ def _refuse_counts_of_all(
         )
 
 
+def has_documents(cache: Cache | None) -> bool:
+    """Whether a document began inside of a cache."""
+    if isinstance(cache, FixedCache):
+        return cache.has_restarted
+    return bool(getattr(cache, _HIDDEN, ()))
+
+
 def hidden_in(cache: Cache | None, seen: int | Tensor) -> int:
     """Return how many positions in a cache belong to documents before the last one.
 
@@ -138,7 +145,7 @@ def positions_behind(
         return None
     seen = int(cache.get_seq_length())
     hidden = hidden_in(cache, seen)
-    if not hidden and not (isinstance(cache, FixedCache) and cache.has_restarted):
+    if not has_documents(cache):
         return None
     held = torch.tensor(_held(cache, seen, hidden, padding, tokens), device=tokens.device)
     token = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
@@ -150,18 +157,28 @@ def positions_behind(
 _LAST = "_colonnade_last"
 
 
-def remember_end(cache: Cache, seen: int, positions: Tensor, padding: Tensor | None) -> None:
-    """Write on a cache where its rows end: the lowest last position, for rows may be reordered."""
+def end_of(
+    cache: Cache | None, seen: int, positions: Tensor, padding: Tensor | None
+) -> tuple[int, int]:
+    """Return (positions that a cache holds behind a call, where its rows end).
+
+    That is the lowest last position, for rows may be reordered.
+    """
     rows, length = positions.shape
     if padding is not None:
         positions = positions.masked_fill(~padding, -1)[padding.any(1)]
     ends = [int(positions.amax(1).min())] if positions.numel() else []
     if len(positions) < rows or not ends:  # Some rows stay as they are.
         ends.append(_last_in(cache, seen))
-    setattr(cache, _LAST, (seen + length, min(ends)))
+    return seen + length, min(ends)
 
 
-def _last_in(cache: Cache, seen: int) -> int:
+def remember_end(cache: Cache, end: tuple[int, int]) -> None:
+    """Write on a cache where its rows end."""
+    setattr(cache, _LAST, end)
+
+
+def _last_in(cache: Cache | None, seen: int) -> int:
     """Return the lowest last position of the rows of a cache; -1 if it was changed since."""
     end, last = getattr(cache, _LAST, (-1, -1))
     return last if end == seen else -1

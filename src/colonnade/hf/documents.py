@@ -7,17 +7,17 @@ seq_idx). `read_batch` reads all of it, and each of these is obeyed or refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 
 from colonnade.hf.batch import NAMES, Batch, positions_in, require, shape_of
-from colonnade.hf.continued import behind_cache, hidden_in, remember_end
+from colonnade.hf.continued import behind_cache, end_of, hidden_in
 
 
 def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool) -> Batch:
@@ -41,6 +41,7 @@ def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool
     positions = _positions(arguments.get("position_ids"), batch, length) if length else None
     of_images = positions is not None and len(arguments["position_ids"].shape) == 3
     of_images = of_images and arguments["position_ids"].shape[0] != 4
+    _check_places(arguments.get("cache_position"), seen, length)
     new = None if padding is None else padding[:, padding.shape[1] - length :]
     said = _named(arguments, batch, length)
     if said is not None and not _is_zero(seen):
@@ -50,7 +51,8 @@ def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool
         )
     inside = None if said is None else _changes(said, new)
     if positions is not None and length > 1:
-        restart = _restarts(positions, new, of_images)
+        other_axes = arguments["position_ids"][1:].expand(-1, batch, -1) if of_images else ()
+        restart = _restarts(positions, other_axes, new)
         if inside is not None:
             require(
                 ~(restart & ~inside).any(),
@@ -72,8 +74,8 @@ def read_batch(arguments: Mapping[str, Any], padding: Tensor | None, keeps: bool
     found = Batch(begins, hidden=hidden_in(cache, seen))
     if positions is not None and not _is_zero(seen):
         found = behind_cache(cache, seen, positions, padding, of_images)
-    if positions is not None and isinstance(cache, Cache) and not torch.compiler.is_compiling():
-        remember_end(cache, int(seen), positions, new)
+    if positions is not None and not torch.compiler.is_compiling():
+        found = replace(found, end=end_of(cache, int(seen), positions, new))
     return found
 
 
@@ -96,12 +98,11 @@ def counted(begins: Bool[Tensor, "batch length"], padding: Tensor | None) -> Int
 
 def _positions(position_ids: object, batch: int, length: int) -> Int[Tensor, "..."] | None:
     """Return the positions of text [batch, length], if they are said."""
-    if not isinstance(position_ids, Tensor):
+    position_ids = _integers("position_ids", position_ids)
+    if position_ids is None:
         return None
     if position_ids.ndim == 3:  # Of text, if there are four; of time, height and width.
         position_ids = position_ids[0]
-    if position_ids.is_floating_point():
-        raise ValueError(f"position_ids must be integers, got {position_ids.dtype}.")
     if (
         position_ids.ndim != 2
         or position_ids.shape[0] not in (1, batch)
@@ -114,10 +115,29 @@ def _positions(position_ids: object, batch: int, length: int) -> Int[Tensor, "..
     return position_ids.expand(batch, -1)
 
 
+def _check_places(cache_position: object, seen: int | Tensor, length: int) -> None:
+    """Refuse places in the cache that are not the next ones."""
+    places = _integers("cache_position", cache_position)
+    if places is None:
+        return
+    next_ones = seen + torch.arange(length, device=places.device)
+    if places.shape != next_ones.shape:
+        raise ValueError(
+            f"cache_position must be [length], got cache_position.shape={tuple(places.shape)} for "
+            f"{length} tokens."
+        )
+    require(
+        (places == next_ones).all(),
+        "cache_position must be the next places in the cache; leave it out",
+        lambda: f"{places.tolist()[:10]} and {seen} positions in the cache",
+    )
+
+
 def _named(arguments: Mapping[str, Any], batch: int, length: int) -> Int[Tensor, "..."] | None:
     """Return a number of each position's document, if an argument in `NAMES` says so."""
     of_query, of_key, idx = (
-        _tensor(name, arguments.get(name)) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+        _integers(name, arguments.get(name))
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
     )
     longest = [arguments.get(name) for name in ("max_length_q", "max_length_k")]
     if of_query is not None and of_key is not None:
@@ -157,9 +177,14 @@ def _named(arguments: Mapping[str, Any], batch: int, length: int) -> Int[Tensor,
     return of_idx
 
 
-def _tensor(name: str, given: object) -> Tensor | None:
-    if given is not None and not isinstance(given, Tensor):
+def _integers(name: str, given: object) -> Tensor | None:
+    """Return an argument that is a tensor of integers, or None if it was not given."""
+    if given is None:
+        return None
+    if not isinstance(given, Tensor):
         raise ValueError(f"{name} must be a tensor, got a {type(given).__name__}.")
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {given.dtype}.")
     return given
 
 
@@ -214,16 +239,16 @@ def _changes(number: Tensor, padding: Tensor | None) -> Bool[Tensor, "batch leng
 
 
 def _restarts(
-    positions: Tensor, padding: Tensor | None, of_images: bool
+    positions: Tensor, other_axes: Iterable[Tensor], padding: Tensor | None
 ) -> Bool[Tensor, "batch length"]:
     """Say which tokens have no higher position than their row's token before.
 
-    An image is at one time, so there it has to be a lower one.
+    An image is at one time, so its tokens differ on another axis.
     """
     before, is_second = _before(positions, padding)
-    if of_images:
-        return (positions < before) & is_second
     again = (positions == before) & is_second
+    for axis in other_axes:
+        again = again & (axis == _before(axis, padding)[0])
     # Documents of one token restart at once. Some models count from 2.
     lowest = positions if padding is None else positions.masked_fill(~padding, _HIGHEST)
     lowest = F.pad(lowest, (0, 1), value=_HIGHEST).amin(1, keepdim=True)
@@ -233,7 +258,7 @@ def _restarts(
         "attention_mask must be 0 at padding)",
         lambda: f"a position that comes twice in position_ids={_shown(positions)}",
     )
-    return (positions <= before) & is_second
+    return again | ((positions < before) & is_second)
 
 
 _HIGHEST = 2**31 - 1

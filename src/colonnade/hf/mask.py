@@ -8,7 +8,7 @@ returns a descriptor instead of a tensor, which tells the attention function tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from inspect import getclosurevars
 from typing import Any
@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, packed_sequence_mask_function
 
-from colonnade.hf.batch import Batch, batch_of_call
+from colonnade.hf.batch import Batch, running_call
 from colonnade.hf.cache import CacheOffset, FixedCache
 from colonnade.hf.documents import last_true
 from colonnade.hf.settings import NAME
@@ -34,6 +34,8 @@ class PatternMask:
         padding: [batch, positions], True at tokens, if there are fewer queries than keys.
         cache: The cache that keeps what the queries read, if it does not keep everything.
         filled: Number of positions that the keys hold, if their length does not say so.
+        given: [batch, positions], the mask of tokens that it was made of, if there was one.
+        shape: (batch, 1, queries, keys), as of the mask that it stands for.
         is_known: Whether this is the mask of a pattern. If not, no layer may read it.
         is_of_call: Whether it was seen what the model was called with.
     """
@@ -42,6 +44,8 @@ class PatternMask:
     padding: Bool[Tensor, "batch positions"] | None = None
     cache: FixedCache | None = None
     filled: int | Tensor | None = None
+    given: Tensor | None = None
+    shape: tuple[int, int, int, int] = (0, 1, 0, 0)
     is_known: bool = True
     is_of_call: bool = False
     # `generate` makes the mask of a static cache ahead and passes it as an attention mask; one that
@@ -73,16 +77,20 @@ def mask_function(
         NotImplementedError: A cache that is no `FixedCache` drops positions; or the model makes the
             mask for other tokens than it was called with, and these are packed.
     """
-    call = batch_of_call()
-    if isinstance(attention_mask, PatternMask):  # Made ahead.
-        return replace(attention_mask, is_of_call=call is not None)
-    batch = call or Batch(is_read=False)
+    call = running_call()
+    is_read = call is not None and call.batch is not None
+    batch = call.batch if call is not None and call.batch is not None else Batch()
+    if isinstance(attention_mask, PatternMask):  # Made ahead, when nothing was known of the call.
+        if not attention_mask.is_known:
+            return attention_mask
+        attention_mask = attention_mask.given
     compiling = torch.compiler.is_compiling()
     if compiling:
         _require_known(mask_function, batch_size, q_length, device)
-    elif _is_unknown(mask_function, batch.is_read):  # It may be one that no layer reads.
+    elif _is_unknown(mask_function, is_read):  # It may be one that no layer reads.
         return PatternMask(is_known=False)
-    make = partial(PatternMask, is_of_call=call is not None)
+    shape = batch_size, 1, q_length, kv_length
+    make = partial(PatternMask, given=attention_mask, shape=shape, is_of_call=call is not None)
     if isinstance(kv_offset, CacheOffset):
         kv_offset.cache.announce(q_length, attention_mask, batch.restarts)
         return make(cache=kv_offset.cache)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +19,19 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache
 
 from colonnade.hf.batch import (
+    HANDED_ON,
     NAMES,
     SAID,
-    Batch,
-    batch_of_call,
+    ModelCall,
     check_mask_of_tokens,
     positions_in,
     refuse_unknown,
-    set_batch_of_call,
+    running_call,
+    set_running_call,
     shape_of,
     tokens_of,
 )
-from colonnade.hf.continued import positions_behind
+from colonnade.hf.continued import has_documents, positions_behind, remember_end
 from colonnade.hf.documents import counted, read_batch
 from colonnade.hf.mask import PatternMask
 from colonnade.hf.names import give_one_name
@@ -62,9 +64,10 @@ class _Before:
             return None
         outer = _call_around(module)
         call = dict(zip(self.names, given, strict=False)) | named
-        told = {name: call[name] for name in NAMES if call.get(name) is not None}
-        # The hook behind the call takes it away again.
-        set_batch_of_call(Batch(of=module, outer=outer, told=told, is_read=False))
+        told = {name: call[name] for name in HANDED_ON if call.get(name) is not None}
+        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        running = ModelCall(module, told, outer, running_call(), frame)
+        set_running_call(running)  # The hook behind the call takes it away again.
         arguments = dict(call)
         give_one_name(arguments)
         # A model that does not know the newer name would swallow it.
@@ -73,6 +76,12 @@ class _Before:
         for argument in call.values():
             if isinstance(argument, Cache):
                 _check_cache(argument, module)
+        cache = arguments.get("past_key_values")
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(
+                f"past_key_values must be a Cache of transformers or a FixedCache, got a "
+                f"{type(cache).__name__}."
+            )
         if call.get("output_attentions", getattr(module.config, "output_attentions", False)):
             raise NotImplementedError(
                 f"attn_implementation={NAME!r} never forms the weights that output_attentions=True "
@@ -82,17 +91,18 @@ class _Before:
         refuse_unknown({key: named[key] for key in named if key not in self.names})
         # What is in a head reads for itself.
         if getattr(module, "base_model", module) is module:
-            if outer is not None and not told:
-                arguments |= outer.told  # Some heads keep to themselves what they are told.
-            changes = self._read(module, arguments, outer)
+            kept = _kept_by_head(outer, arguments)
+            arguments |= kept
+            changes = self._read(running, arguments)
+            if "position_ids" in kept and "position_ids" in self.names:
+                changes.setdefault("position_ids", kept["position_ids"])
             changed |= bool(changes)
             call |= changes
         return ((), call) if changed else None
 
-    def _read(
-        self, module: PreTrainedModel, arguments: dict[str, Any], outer: Batch | None
-    ) -> dict[str, Any]:
+    def _read(self, running: ModelCall, arguments: dict[str, Any]) -> dict[str, Any]:
         """Read the batch of a call, and return arguments that say what the caller left open."""
+        module, outer = running.model, running.outer
         tokens = tokens_of(arguments)
         if tokens is None:
             if unread := [name for name in NAMES if arguments.get(name) is not None]:
@@ -102,10 +112,13 @@ class _Before:
                 )
             return {}
         said = (tokens, *map(arguments.get, SAID))
-        if outer is not None and _is_same(outer.said, said):
-            set_batch_of_call(replace(outer, of=module, outer=outer))
+        if outer is not None and outer.batch is not None and _is_same(outer.batch.said, said):
+            running.batch = outer.batch
             return {}
         cache, uses = arguments.get("past_key_values"), arguments.get("use_cache")
+        if torch.compiler.is_compiling() and has_documents(cache):
+            never = torch.zeros((), dtype=torch.bool, device=tokens.device)
+            torch._assert_async(never, _COMPILED_BEHIND_DOCUMENTS)
         keeps = cache is not None or bool(uses)
         if torch.compiler.is_compiling() and uses is None and not module.training:
             keeps |= bool(module.config.use_cache)  # It cannot see whether a row is packed.
@@ -120,21 +133,41 @@ class _Before:
             elif (positions := positions_behind(cache, tokens, padding)) is not None:
                 changes["position_ids"] = positions
         said = (tokens, *map((arguments | changes).get, SAID))
-        set_batch_of_call(replace(batch, of=module, outer=outer, said=said))
+        running.batch = replace(batch, said=said)
         return changes
 
 
-def _call_around(module: nn.Module) -> Batch | None:
-    """Return what the call around that of a module says, if it is one of a model that has it.
+_COMPILED_BEHIND_DOCUMENTS = (
+    "a compiled call cannot go on from a cache inside of which a document began. Call the model "
+    "without compiling it, or begin with a new cache."
+)
 
-    Any other is a foreign one, or was interrupted and left behind.
-    """
-    outer = batch_of_call()
-    if outer is None or outer.of is None or module is outer.of:
+
+def _kept_by_head(outer: ModelCall | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a head was told about the tokens of a call, and kept to itself."""
+    told = {} if outer is None else dict(outer.told)
+    if any(arguments.get(name) is not None for name in NAMES):
+        told = {"position_ids": told["position_ids"]} if "position_ids" in told else {}
+    positions, tokens = told.pop("position_ids", None), tokens_of(arguments)
+    if (
+        isinstance(positions, Tensor)
+        and arguments.get("position_ids") is None
+        and tokens is not None
+        # A head may put tokens of its own around those that it was called with.
+        and positions.shape[-1:] == tokens.shape[1:2]
+    ):
+        told["position_ids"] = positions
+    return told
+
+
+def _call_around(module: nn.Module) -> ModelCall | None:
+    """Return the call around that of a module, if it is one of a model that has it as a part."""
+    outer = running_call()
+    if outer is None or outer.model is module:
         return None
-    if getattr(outer.of, "base_model", None) is module:
+    if getattr(outer.model, "base_model", None) is module:
         return outer
-    return outer if any(part is module for part in outer.of.modules()) else None
+    return outer if any(part is module for part in outer.model.modules()) else None
 
 
 def _is_same(said: tuple[Any, ...], again: tuple[Any, ...]) -> bool:
@@ -150,9 +183,15 @@ def _padding(arguments: Mapping[str, Any]) -> Tensor | None:
     """Return which of all positions are tokens; None: all are, or the mask says something else."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, dict):  # One for each kind of layer.
+        if not all(isinstance(each, PatternMask) for each in mask.values()):
+            kinds = sorted({type(each).__name__ for each in mask.values()})
+            raise ValueError(
+                "a dict as attention_mask must hold masks that create_masks_for_generate made, got "
+                f"{kinds}. Pass a tensor [batch, positions]."
+            )
         mask = next(iter(mask.values()), None)
     if isinstance(mask, PatternMask):  # Made ahead, of the caller's own.
-        return mask.padding
+        mask = mask.given
     if mask is None or getattr(mask, "ndim", 0) == 4:  # Ours refuses what has four dimensions.
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -166,11 +205,18 @@ def _padding(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def _after(module: PreTrainedModel, given: Any, output: Any) -> None:
-    if module.config._attn_implementation == NAME:
-        batch = batch_of_call()
-        outer = None if batch is None else batch.outer
-        # What a head was told is for one call of its base: the head may be interrupted after it.
-        set_batch_of_call(None if outer is None else replace(outer, told={}))
+    if module.config._attn_implementation != NAME:
+        return
+    running = running_call()
+    if running is None or running.model is not module:
+        return
+    if running.batch is not None and running.batch.end is not None:
+        # A cache that the model made itself is to be found in what it returns.
+        parts = output.values() if isinstance(output, Mapping) else output
+        for part in parts if isinstance(parts, Iterable) else ():
+            if isinstance(part, Cache):
+                remember_end(part, running.batch.end)
+    set_running_call(running.before)
 
 
 # Earlier releases of transformers have only one kind.
@@ -191,6 +237,8 @@ def _check_cache(cache: Cache, model: nn.Module) -> None:
             "first."
         )
     layers = getattr(cache, "layers", ())
+    if not torch.compiler.is_compiling():
+        _check_whole(cache, layers)
     what = "an offloaded" if getattr(cache, "offloading", False) else None
     if any(isinstance(layer, _Quantized) for layer in layers):
         what = "a quantised"
@@ -199,4 +247,20 @@ def _check_cache(cache: Cache, model: nn.Module) -> None:
             f"attn_implementation={NAME!r} takes no quantised and no offloaded cache, got {what} "
             f"{type(cache).__name__}. Use FixedCache(model.config), which is small and exact, or a "
             "DynamicCache or StaticCache as they are."
+        )
+
+
+def _check_whole(cache: Cache, layers: Sequence[Any]) -> None:
+    """Refuse a cache that an interrupted call left with more positions in its first layers.
+
+    Raises:
+        ValueError: It is such a cache.
+    """
+    if len(layers) < 2 or any(type(layer) is not type(layers[0]) for layer in layers):
+        return  # Those of several kinds may count in several ways.
+    first, last = (int(layer.get_seq_length()) for layer in (layers[0], layers[-1]))
+    if first != last:
+        raise ValueError(
+            f"all layers of a {type(cache).__name__} must hold the same positions, got {first} in "
+            f"the first and {last} in the last. A call was interrupted: begin with a new cache."
         )
