@@ -270,13 +270,16 @@ def _restarted(r: random.Random, family: str, subblocks: int) -> Draw:
     at = [cuts if r.random() < 0.7 else [c for c in cuts if r.random() < 0.5] for _ in range(rows)]
     length = ends[-1]
     lengths = [[b - a for a, b in zip([0, *cut], [*cut, length], strict=True)] for cut in at]
-    number, positions = _documents(r, lengths, jumps=r.random() < 0.3)
+    jumps = r.random() < 0.3
+    number, positions = _documents(r, lengths, jumps)
     kept = r.choice(("fixed", "dynamic", "static"))
     mask = _mask(r, number) if r.random() < 0.5 else None
     given = _pieces(ends, mask, positions)
     unlike = any(cut != at[0] for cut in at)
     # Documents that count from 2 restart within one call only.
-    may_refuse = (unlike and kept != "fixed") or bool(positions[0, 0] > 0)
+    # A jump to where `generate` would count on may be taken for that.
+    counted = jumps and any((positions[:, end] == end).any() for end in ends[:-1])
+    may_refuse = (unlike and kept != "fixed") or bool(positions[0, 0] > 0) or counted
     way = f"mask {mask is not None}"
     return Draw(
         family, "restarted", way, subblocks, kept, number, positions, ends, given, may_refuse
@@ -287,14 +290,17 @@ def _bad(r: random.Random, family: str, subblocks: int) -> Draw:
     """Draw a call that contradicts itself; some of these turn out to be harmless."""
     draw = r.choice((_padded, _packed, _cached, _restarted))(r, family, subblocks)
     draw.kind, draw.may_refuse = "bad", True
-    piece = r.choice(draw.given)
+    index = r.randrange(len(draw.given))
+    piece, here = draw.given[index], slice([0, *draw.ends][index], draw.ends[index])
     mask, positions = piece.get("attention_mask"), piece.get("position_ids")
     ways = ["unknown"]
     if mask is not None:
         ways += ["one row", "numbers", "longer", "shorter"]
         ways += ["transposed"] if mask.shape[0] != mask.shape[1] else []
     if positions is not None:
-        ways += ["shorter positions", "twice"]
+        ways += ["shorter positions"]
+        # Two tokens of equal positions and no others are two documents.
+        ways += ["twice"] if ((draw.number[:, here] >= 0).sum(1) > 2).any() else []
         if len(draw.number.unique()) > len(draw.number) + 1:  # Documents, rows and padding.
             ways += ["contradicted"]
     draw.way = r.choice(ways)

@@ -87,10 +87,13 @@ def _refuse_counts_of_all(
     Raises:
         ValueError: They are such positions.
     """
-    if any(
-        here and count < total == start > last + 1
+    begun = [
+        (start, total)
         for (start, count, here), total in zip(rows, every, strict=True)
-    ):
+        if here and count < total
+    ]
+    # All rows at once: one alone may jump there.
+    if begun and all(start == total > last + 1 for start, total in begun):
         raise ValueError(
             "position_ids must count the tokens of a row's last document, and a document began "
             f"inside of the cache, got position_ids that begin at {[start for start, *_ in rows]} "
