@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.memo import for_every_call, remembered
 from colonnade.backends.tracing.operation import contents
 from colonnade.shapes import CuSeqlens
 
@@ -86,7 +86,7 @@ def _batches(documents: Documents, device: torch.device) -> tuple[list[Tensor], 
     for length in documents.lengths.tolist() or [0]:
         begins.setdefault(length, []).append(begin)
         begin += length
-    with torch.inference_mode(False), torch.device("cpu"):
+    with for_every_call():
         batches = [
             torch.tensor(of_length)[:, None] + torch.arange(length)
             for length, of_length in begins.items()

@@ -50,11 +50,25 @@ def may_be_counted() -> bool:
 
 
 def contents(tensor: Tensor | None) -> Tensor | None:
-    """Return a tensor, or None if it has no contents: a fake or meta tensor, one inside of vmap."""
-    if type(tensor) is not Tensor or tensor.is_meta:
-        return None
-    mapped = torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor
-    return None if mapped and mapped(tensor) else tensor
+    """Return the plain tensor with the numbers of a tensor, or None if nobody may look at them.
+
+    That is so for a fake or meta tensor, and for one that torch.vmap maps or
+    torch.func.functionalize follows, under whatever other transformations.
+    """
+    if tensor is not None and torch._C._are_functorch_transforms_active():
+        *wrappers, tensor = _unwrapped(tensor)
+        functorch = torch._C._functorch
+        if any(functorch.is_batchedtensor(w) or functorch.is_functionaltensor(w) for w in wrappers):
+            return None
+    return None if type(tensor) is not Tensor or tensor.is_meta else tensor
+
+
+def _unwrapped(tensor: Tensor) -> list[Tensor]:
+    """Return a tensor, then what each wrapper of torch.func wraps; the last one is no wrapper."""
+    found = [tensor]
+    while torch._C._functorch.is_functorch_wrapped_tensor(found[-1]):
+        found.append(torch._C._functorch.get_unwrapped(found[-1]))
+    return found
 
 
 def may_decide(tensor: Tensor) -> bool:
