@@ -223,7 +223,6 @@ def test_padding_is_not_counted() -> None:
 
 
 @pytest.mark.plain
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @each_pattern
 def test_transformed_attention_is_counted_too(pattern: Pattern) -> None:
     case = Case(pattern)

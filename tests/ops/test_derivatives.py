@@ -178,7 +178,7 @@ TRANSFORMED: dict[str, tuple[bool, tuple[int, ...], Callable[[Function], Functio
 }
 
 
-# PyTorch's own kernel for full patterns is mapped one by one, and says so.
+# A jacobian maps the backward of PyTorch's own kernel for full patterns, which says so.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @each_case
 @pytest.mark.parametrize("way", TRANSFORMED)

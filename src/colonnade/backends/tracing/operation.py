@@ -63,6 +63,15 @@ def contents(tensor: Tensor | None) -> Tensor | None:
     return None if type(tensor) is not Tensor or tensor.is_meta else tensor
 
 
+def is_mapped(*tensors: Tensor) -> bool:
+    """Whether torch.vmap maps a tensor, under whatever other transformations."""
+    return torch._C._are_functorch_transforms_active() and any(
+        torch._C._functorch.is_batchedtensor(each)
+        for tensor in tensors
+        for each in _unwrapped(tensor)
+    )
+
+
 def _unwrapped(tensor: Tensor) -> list[Tensor]:
     """Return a tensor, then what each wrapper of torch.func wraps; the last one is no wrapper."""
     found = [tensor]
