@@ -202,8 +202,8 @@ def define(
     def compute(*inputs: Any) -> Any:
         return (operation if _is_watched(inputs[0]) else run)(*inputs)
 
-    function = _function(run, set_up, gradients)
-    transformed = _function(compute, set_up, gradients)
+    function = _function(run, fake, set_up, gradients)
+    transformed = _function(compute, fake, set_up, gradients)
 
     def call(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
@@ -219,7 +219,10 @@ def define(
 
 
 def _function(
-    run: Callable[..., Any], set_up: Callable[..., None], gradients: Callable[..., Any]
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    set_up: Callable[..., None],
+    gradients: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Return an autograd function whose leading tensors are all [batch, …]."""
 
@@ -241,6 +244,15 @@ def _function(
             is_option = [not isinstance(x, Tensor) for x in inputs]
             num_tensors = [*is_option, True].index(True)
             tensors, options = inputs[:num_tensors], inputs[num_tensors:]
+            if size == 0:
+                of_rows = (
+                    x if dim is None else x.new_empty(x.movedim(dim, 0).shape[1:])
+                    for x, dim in zip(tensors, in_dims, strict=False)
+                )
+                # Part of the graph, although there is nothing to compute.
+                nothing = torch.cat([x.flatten()[:0] for x in tensors])
+                results = fake(*of_rows, *options)
+                return tuple(nothing.to(x.dtype).view(0, *x.shape) for x in results), 0
             if any(isinstance(option, Tensor) for option in options):
                 each = [
                     apply(
@@ -279,8 +291,8 @@ def _view(tensor: Tensor) -> tuple[Tensor]:
     return (tensor.view_as(tensor),)
 
 
-_zeroth_order = _function(_view, _save_nothing, _refuse)
-_first_order = _function(_view, _save_nothing, lambda ctx, grad: _zeroth_order(grad))
+_zeroth_order = _function(_view, _view, _save_nothing, _refuse)
+_first_order = _function(_view, _view, _save_nothing, lambda ctx, grad: _zeroth_order(grad))
 
 
 def fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
