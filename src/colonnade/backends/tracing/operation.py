@@ -56,6 +56,8 @@ def contents(tensor: Tensor | None) -> Tensor | None:
     torch.func.functionalize follows, under whatever other transformations.
     """
     if tensor is not None and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return None  # A compiler cannot trace what comes now.
         *wrappers, tensor = _unwrapped(tensor)
         functorch = torch._C._functorch
         if any(functorch.is_batchedtensor(w) or functorch.is_functionaltensor(w) for w in wrappers):
@@ -80,16 +82,36 @@ def _unwrapped(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def may_decide(tensor: Tensor) -> bool:
-    """Whether the contents of a tensor are there, and sizes may depend on them.
+def rows_of(tensor: Tensor) -> Tensor | None:
+    """Return all rows [rows, n] of a tensor [n] that torch.vmap maps; None if they have no numbers.
 
-    A mode that looks on, such as a counter, does not mind; a compiler or a tracer would.
+    They are for a look at the numbers, with torch.func switched off.
     """
-    if torch.compiler.is_compiling() or contents(tensor) is None:
-        return False
-    if not is_in_torch_dispatch_mode():
-        return True
-    return not any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    axis, functorch = 0, torch._C._functorch
+    *wrappers, plain = _unwrapped(tensor)
+    for wrapper in wrappers:
+        if functorch.is_functionaltensor(wrapper):
+            return None
+        if functorch.is_batchedtensor(wrapper) and functorch.maybe_get_bdim(wrapper) <= axis:
+            axis += 1
+    known = type(plain) is Tensor and not plain.is_meta and not is_recorded()
+    return plain.movedim(axis, -1).reshape(-1, plain.shape[axis]) if known else None
+
+
+def may_decide(tensor: Tensor) -> bool:
+    """Whether the contents of a tensor are there, and sizes may depend on them."""
+    return not is_recorded() and contents(tensor) is not None
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or a tracer notes operations down, to run them with other numbers.
+
+    A mode that looks on, such as a counter, does not.
+    """
+    return torch.compiler.is_compiling() or (
+        is_in_torch_dispatch_mode()
+        and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    )
 
 
 def has_tangent(*tensors: Tensor) -> bool:
