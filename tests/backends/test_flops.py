@@ -223,7 +223,6 @@ def test_padding_is_not_counted() -> None:
 
 
 @pytest.mark.plain
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @each_pattern
 def test_transformed_attention_is_counted_too(pattern: Pattern) -> None:
     case = Case(pattern)
@@ -279,3 +278,30 @@ print(json.dumps([was_loaded, names]))
     assert was_loaded == (first != "colonnade")
     ways = [f"{name}_{way}" for name in ("eager", "native", "windowed") for way in WAYS]
     assert names == sorted(f"colonnade.{name}" for name in ("native_decode", *ways))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "importlib.util.find_spec(name)",
+        "importlib.reload(importlib.import_module(name))",
+        "importlib.import_module(name); del sys.modules[name]",
+    ],
+)
+def test_a_counter_may_be_looked_for_and_loaded_again(way: str) -> None:
+    code = f"""
+import importlib.util, sys
+import torch
+import colonnade
+name = "torch.utils.flop_counter"
+sys.modules.pop(name, None)
+{way}
+from torch.utils.flop_counter import FlopCounterMode
+x = torch.ones(1, 1, 8, 4)
+with FlopCounterMode(display=False) as counter:
+    colonnade.attention(x, x, x, colonnade.FixedPattern(4, 1), backend="eager")
+print(counter.get_total_flops())
+"""
+    done = fresh.run(code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 4 * 4 * FixedPattern(4, 1).num_pairs(8)

@@ -250,3 +250,30 @@ def test_autocast_casts_what_a_cache_is_given() -> None:
         out = cache.read(query, cache.append(key, value, mask))
     q, k, v = (t.bfloat16() for t in (query, key, value))
     assert torch.equal(out, KVCache(MERGED).attend(q, k, v, padding_mask=mask))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("pattern", [MERGED, FullPattern()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cache_may_be_mapped(dtype: torch.dtype, pattern: Patterns) -> None:
+    """Without a loop of PyTorch's over the mapped rows."""
+    x = torch.randn(3, 1, 2, 7, 8, dtype=dtype)
+
+    def decode(x: Tensor, backend: str = "auto") -> Tensor:
+        cache = KVCache(pattern, backend=backend)
+        cache.append(x[:, :, :6].sin(), x[:, :, :6].cos())
+        x = x[:, :, 6:]
+        out = cache.attend(x, x.sin(), x.cos())
+        assert isinstance(out, Tensor)
+        return out
+
+    expected = torch.stack([decode(row) for row in x])
+    fallback = "_set_vmap_fallback_enabled"  # PyTorch's stubs do not have it.
+    getattr(torch._C._functorch, fallback)(False)
+    try:
+        torch.testing.assert_close(torch.vmap(decode)(x), expected)
+    finally:
+        getattr(torch._C._functorch, fallback)(True)
+    if dtype == torch.float32 and colonnade.backends()["native"] is None:
+        with pytest.raises(NotImplementedError, match=r"'native' does not map.*'eager'"):
+            torch.vmap(lambda x: decode(x, "native"))(x)

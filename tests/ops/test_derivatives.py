@@ -178,7 +178,7 @@ TRANSFORMED: dict[str, tuple[bool, tuple[int, ...], Callable[[Function], Functio
 }
 
 
-# PyTorch's own kernel for full patterns is mapped one by one, and says so.
+# A jacobian maps the backward of PyTorch's own kernel for full patterns, which says so.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @each_case
 @pytest.mark.parametrize("way", TRANSFORMED)
@@ -211,6 +211,40 @@ def test_mapping_draws_as_it_is_told_to(pattern: Pattern, randomness: str) -> No
         return
     first, *others = mapped(x)
     assert all(torch.equal(first, other) == (randomness == "same") for other in others)
+
+
+@each_case
+def test_a_mapping_over_nothing(backend: str, pattern: Pattern, layout: str) -> None:
+    function, x = _function(backend, pattern, layout, reduce=False), _x(0).requires_grad_()
+    out = torch.vmap(function)(x)
+    assert out.shape == (0, *function(_x()).shape)
+    assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+    assert torch.vmap(torch.func.grad(lambda x: function(x).sum()))(x).shape == x.shape
+
+
+@each_case
+def test_the_jacobian_of_nothing(backend: str, pattern: Pattern, layout: str) -> None:
+    def attend(x: Tensor) -> Tensor:
+        if layout == "packed":
+            out = attention_varlen(x, x, x, torch.tensor([0]), pattern, backend=backend)
+        else:
+            out = attention(x[None], x[None], x[None], pattern, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
+
+    x = torch.zeros(0, 2, 8) if layout == "packed" else torch.zeros(2, 0, 8)
+    jacobian = torch.func.jacrev(attend)(x)
+    assert isinstance(jacobian, Tensor)
+    assert jacobian.shape == (*attend(x).shape, *x.shape)
+
+
+def test_a_mapping_over_no_documents() -> None:
+    x, cu_seqlens = torch.randn(11, 2, 8), torch.zeros(0, 3, dtype=torch.long)
+    for backend in ("auto", "eager", "reference"):
+        out = torch.vmap(
+            lambda ends, b=backend: attention_varlen(x, x, x, ends, PATTERNS[0], backend=b)
+        )(cu_seqlens)
+        assert out.shape == (0, 11, 2, 8)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

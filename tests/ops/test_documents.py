@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from colonnade import Pattern
+from colonnade import FixedPattern, Pattern, attention_varlen, explain
 from tests.cases import Case, each_pattern, patterns
 from tests.packing import check_documents
 
@@ -33,3 +36,55 @@ def test_each_document_equals_the_definition(
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1] * 9 + [20, 0, 1], [5, 0, 5, 5]], ids=str)
 def test_unlike_documents(lengths: list[int], backend: str, pattern: Pattern) -> None:
     check_documents(Case(pattern), lengths, backend, integers=torch.int32)
+
+
+each_wrong_one = pytest.mark.parametrize(
+    "lengths", [[1, 3, 6], [0, 4, 2, 6], [0, 5], [0, 7], [0, 6, 5]], ids=str
+)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
+@each_wrong_one
+def test_what_cu_seqlens_says_in_a_mapping(lengths: list[int], backend: str) -> None:
+    """One row of several is wrong; explain looks too."""
+    x = torch.zeros(6, 2, 8)
+    good = torch.zeros(len(lengths), dtype=torch.long).index_fill(0, torch.tensor([-1]), 6)
+    rows = torch.stack([good, torch.tensor(lengths)])
+
+    def attend(cu_seqlens: Tensor) -> Any:
+        return attention_varlen(x, x, x, cu_seqlens, FixedPattern(4, 1), backend=backend)
+
+    def look(cu_seqlens: Tensor) -> Tensor:
+        explain(x, x, x, FixedPattern(4, 1), cu_seqlens=cu_seqlens, backend=backend)
+        return cu_seqlens
+
+    def gradient(cu_seqlens: Tensor) -> Any:
+        def loss(x: Tensor) -> Any:
+            out = attention_varlen(x, x, x, cu_seqlens, FixedPattern(4, 1), backend=backend)
+            assert isinstance(out, Tensor)
+            return out.sum()
+
+        return torch.func.grad(loss)(x)
+
+    message = r"cu_seqlens must .*got cu_seqlens\[-?\d\]=-?\d"
+    for function in (attend, look, gradient):
+        with pytest.raises(ValueError, match=message):
+            torch.vmap(function, in_dims=1)(rows.T)
+        with pytest.raises(ValueError, match=message):
+            torch.vmap(torch.vmap(function))(rows.expand(2, *rows.shape))
+
+
+@pytest.mark.plain
+@each_wrong_one
+def test_what_cu_seqlens_says_in_a_compiled_program(lengths: list[int]) -> None:
+    x = torch.zeros(6, 2, 8)
+
+    def attend(cu_seqlens: Tensor) -> Any:
+        return attention_varlen(x, x, x, cu_seqlens, FixedPattern(4, 1), backend="reference")
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    compiled(torch.tensor([0] * (len(lengths) - 1) + [6]))
+    with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, not decrease, and end at"):
+        compiled(torch.tensor(lengths))

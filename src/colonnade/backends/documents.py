@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from colonnade.backends.tracing.memo import remembered
-from colonnade.backends.tracing.operation import contents
+from colonnade.backends.tracing.memo import for_every_call, remembered
+from colonnade.backends.tracing.operation import contents, rows_of
 from colonnade.shapes import CuSeqlens
 
 
@@ -33,6 +33,35 @@ def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
         ValueError: cu_seqlens does not start at 0, decreases, or does not end at `total`.
     """
     ends = cu_seqlens.to("cpu", torch.long)
+    _check(ends, total)
+    lengths = ends.diff()
+    return Documents(lengths[lengths > 0])
+
+
+def check_documents(cu_seqlens: CuSeqlens, total: int) -> None:
+    """Refuse boundaries that do not fit, where nobody may look at how long documents are.
+
+    What torch.vmap maps is looked at row by row, and a compiled program looks when it runs; but a
+    compiled transformation of torch.func cannot.
+
+    Raises:
+        ValueError: As `documents_of`.
+    """
+    if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return  # The assertion has no batching rule.
+        fit = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] == total)
+        torch._assert_async(
+            fit, "cu_seqlens must start at 0, not decrease, and end at the number of tokens."
+        )
+        return
+    with torch._C._DisableFuncTorch():
+        rows = rows_of(cu_seqlens)
+        for ends in () if rows is None else rows.to("cpu", torch.long):
+            _check(ends, total)
+
+
+def _check(ends: Tensor, total: int) -> None:
     lengths = ends.diff()
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got cu_seqlens[0]={ends[0]}.")
@@ -47,7 +76,6 @@ def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
             "cu_seqlens must end at the number of tokens, got "
             f"cu_seqlens[-1]={ends[-1]} for {total} tokens."
         )
-    return Documents(lengths[lengths > 0])
 
 
 def lengths_to_count(cu_seqlens: CuSeqlens | None, total: int) -> list[int]:
@@ -86,7 +114,7 @@ def _batches(documents: Documents, device: torch.device) -> tuple[list[Tensor], 
     for length in documents.lengths.tolist() or [0]:
         begins.setdefault(length, []).append(begin)
         begin += length
-    with torch.inference_mode(False), torch.device("cpu"):
+    with for_every_call():
         batches = [
             torch.tensor(of_length)[:, None] + torch.arange(length)
             for length, of_length in begins.items()

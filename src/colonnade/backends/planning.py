@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from colonnade.backends.documents import Documents, documents_of
 from colonnade.backends.tracing.flops import Sizes
+from colonnade.backends.tracing.memo import for_every_call
 from colonnade.backends.tracing.operation import contents
 from colonnade.pattern import FixedPattern, Part
 from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan
@@ -75,11 +75,8 @@ def _kept(
     documents: Documents | None,
     heads: tuple[int, ...],
 ) -> Plan:
-    """A short sequence's plan takes longer than its attention, and layers share one.
-
-    Whatever the mode or default device of the call that makes it, it serves all others.
-    """
-    with torch.inference_mode(False), torch.device("cpu"):
+    """A short sequence's plan takes longer than its attention, and layers share one."""
+    with for_every_call():
         if documents is None:
             plan = fixed_plan(options.pattern, q_len, kv_len, heads, options.reduced)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Kept, Packed, Seen, Whole
-from colonnade.backends.documents import by_documents
+from colonnade.backends.documents import by_documents, check_documents
 from colonnade.backends.tracing.operation import may_decide
 from colonnade.pattern import FixedPattern, HasMask, Pattern
 from colonnade.plan.kept import kept_positions
@@ -83,6 +83,7 @@ def _mask_of_documents(pattern: HasMask, ends: CuSeqlens, total: int, num_kv_hea
             "contents here: it is a meta or fake tensor, torch.vmap maps it, or a compiler holds "
             "it. Use a Pattern, or attention for each document."
         )
+    check_documents(ends, total)
     position = torch.arange(total, device=ends.device)
     document = (position[:, None] >= ends[1:]).sum(1)
     inside = position - ends[document]

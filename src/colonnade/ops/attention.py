@@ -13,9 +13,8 @@ from torch import Tensor
 
 from colonnade.backends.call import Packed
 from colonnade.backends.choice import Explanation, explain_call, run
-from colonnade.backends.documents import documents_of
+from colonnade.backends.documents import check_documents
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
-from colonnade.backends.tracing.operation import contents
 from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_call
 from colonnade.pattern import HasMask
 from colonnade.shapes import (
@@ -237,7 +236,6 @@ def explain(
         check_packed_tensors(query, key, value)
         check_cu_seqlens(cu_seqlens)
         call = make_call(query, pattern, scale, dropout_p, return_lse, Packed(cu_seqlens))
-        if contents(cu_seqlens) is not None:
-            documents_of(cu_seqlens, key.shape[0])  # Refuses numbers that do not fit.
+        check_documents(cu_seqlens, key.shape[0])
         query, key, value = _as_one_row(query, key, value)
     return explain_call(query, key, value, call, backend)

@@ -93,7 +93,7 @@ def _of_unknown(
     Padding goes along behind all tokens, each position a document of its own.
     """
     flat = padding_mask.flatten()
-    index = (~flat).long().argsort(stable=True)
+    index = _marked_first(flat)
     is_token = flat[index]
     begins = begins.flatten()[index] | ~is_token
     batch, seq_len = padding_mask.shape
@@ -108,4 +108,15 @@ def _cu_seqlens(begins: Bool[Tensor, " total"]) -> CuSeqlens:
     # Nor how many documents: those that are not there are empty, and come last.
     position = torch.arange(total + 1, device=begins.device)
     end = position[-1:]  # As a number it would be taken for a constant.
-    return torch.cat([torch.where(begins, position[:-1], end).sort().values, end])
+    of_documents = position[:-1] < begins.sum()
+    return torch.cat([torch.where(of_documents, _marked_first(begins), end), end])
+
+
+def _marked_first(marks: Bool[Tensor, " total"]) -> Positions:
+    """Return the positions that are marked in ascending order, and then the others.
+
+    It is a stable sort of the marks, which ONNX does not have.
+    """
+    marked, others = (each.long().cumsum(0) for each in (marks, ~marks))
+    place = torch.where(marks, marked, marked[-1:] + others) - 1
+    return place.scatter(0, place, torch.arange(marks.shape[0], device=marks.device))

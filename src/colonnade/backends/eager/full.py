@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from colonnade.backends.call import Call, Whole
-from colonnade.backends.tracing.operation import first_order, may_be_counted
+from colonnade.backends.tracing.operation import first_order, is_mapped, may_be_counted
 from colonnade.pattern import FullPattern
 from colonnade.shapes import Key, Output, Query, Value
 
@@ -38,8 +38,9 @@ def keeps_the_contract(
 
     It aligns causal masks at the top left, returns no log-sum-exp, adds up gradients in half
     precision, gives NaN for a causal mask with scale <= 0, and takes neither zero keys nor values
-    of another width nor strided widths; and PyTorch does not count its FLOPs. Fewer queries than
-    keys take a mask for each tile, which a backward would keep, and a compiler would see a loop.
+    of another width nor strided widths; PyTorch does not count its FLOPs, and torch.vmap runs it
+    for one row after the other. Fewer queries than keys take a mask for each tile, which a backward
+    would keep, and a compiler would see a loop.
     """
     masked = _is_masked(query, pattern)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
@@ -60,6 +61,7 @@ def keeps_the_contract(
         and call.dropout_p == 0
         and not call.return_lse
         and not may_be_counted()
+        and not is_mapped(query, key, value)
     )
 
 

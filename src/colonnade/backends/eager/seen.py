@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colonnade.backends.call import Call
-from colonnade.backends.tracing.operation import first_order, may_be_counted
+from colonnade.backends.tracing.operation import first_order, is_mapped, may_be_counted
 from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
 
 HALF = (torch.bfloat16, torch.float16)
@@ -44,7 +44,9 @@ def attend(
             mask, empty = (
                 t[:, :, None].expand(*grouped.shape[:4], -1).flatten(2, 3) for t in (mask, empty)
             )
-    products = call.return_lse or (may_be_counted() and key.device.type == "cpu")
+    products = call.return_lse or (
+        key.device.type == "cpu" and (may_be_counted() or is_mapped(query, key, value))
+    )
     attend_rows = _in_two_products if products else _in_pytorchs_kernel
     out, lse_of_rows = attend_rows(rows, key, value, mask, call)
     if empty is not None:

@@ -7,7 +7,6 @@ the four products of the gradients, as PyTorch counts its own attention. The sof
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -88,30 +87,32 @@ _formulas: dict[Any, Callable[..., int]] = {}
 
 
 def _register(counter: ModuleType) -> None:
-    while _formulas:
-        operation, formula = _formulas.popitem()
-        counter.register_flop_formula(operation, get_raw=True)(formula)
+    for operation, formula in _formulas.items():
+        if operation not in counter.flop_registry:
+            counter.register_flop_formula(operation, get_raw=True)(formula)
 
 
 class _AtImport(MetaPathFinder):
-    """Registers the formulas at the first import of PyTorch's counter, which loads triton."""
+    """Registers the formulas whenever PyTorch's counter is executed, which loads triton.
 
-    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+    It stays: a module may be looked for and not imported, reloaded, or imported once more.
+    """
+
+    def find_spec(self, name: str, *where: Any) -> ModuleSpec | None:
         if name != COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
-        execute = spec.loader.exec_module
+        others = [each for each in sys.meta_path if each is not self and hasattr(each, "find_spec")]
+        found = (finder.find_spec(name, *where) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register(module)
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-if COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _AtImport())
+sys.meta_path.insert(0, _AtImport())

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from colonnade.backends.tracing.operation import is_tracing
+from colonnade.backends.tracing.operation import contents, is_tracing
 
 Result = TypeVar("Result")
 
 KEPT = 8
 """Results that each function keeps: those of the layers of one step, or of a few in turn."""
+
+
+@contextmanager
+def for_every_call() -> Iterator[None]:
+    """Make tensors that serve every other call, whatever the call that makes them is under.
+
+    That is inference mode, another default device, or a transformation of torch.func, which wraps
+    what is made inside of it in tensors that are of no use after it.
+    """
+    with torch.inference_mode(False), torch.device("cpu"), torch._C._DisableFuncTorch():
+        yield
 
 
 def remembered(make: Callable[..., Result]) -> Callable[..., Result]:
@@ -30,16 +42,15 @@ def remembered(make: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(make)
     def call(tensor: Tensor, *arguments: Any) -> Result:
-        # A subclass, such as a fake tensor, may have no contents.
-        if is_tracing() or type(tensor) is not Tensor:
+        plain = None if is_tracing() else contents(tensor)
+        if plain is None:
             return make(tensor, *arguments)
         for is_it, of_arguments, result in tuple(known):
-            if of_arguments == arguments and is_it(tensor):
+            if of_arguments == arguments and is_it(plain):
                 return result
-        # Whatever mode the first call is in, the result serves calls in every other mode.
-        with torch.inference_mode(False):
-            result = make(tensor, *arguments)
-            known.insert(0, (_recogniser(tensor), arguments, result))
+        with for_every_call():
+            result = make(plain, *arguments)
+            known.insert(0, (_recogniser(plain), arguments, result))
         del known[KEPT:]
         return result
 

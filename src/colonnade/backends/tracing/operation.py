@@ -50,23 +50,68 @@ def may_be_counted() -> bool:
 
 
 def contents(tensor: Tensor | None) -> Tensor | None:
-    """Return a tensor, or None if it has no contents: a fake or meta tensor, one inside of vmap."""
-    if type(tensor) is not Tensor or tensor.is_meta:
-        return None
-    mapped = torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor
-    return None if mapped and mapped(tensor) else tensor
+    """Return the plain tensor with the numbers of a tensor, or None if nobody may look at them.
+
+    That is so for a fake or meta tensor, and for one that torch.vmap maps or
+    torch.func.functionalize follows, under whatever other transformations.
+    """
+    if tensor is not None and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return None  # A compiler cannot trace what comes now.
+        *wrappers, tensor = _unwrapped(tensor)
+        functorch = torch._C._functorch
+        if any(functorch.is_batchedtensor(w) or functorch.is_functionaltensor(w) for w in wrappers):
+            return None
+    return None if type(tensor) is not Tensor or tensor.is_meta else tensor
+
+
+def is_mapped(*tensors: Tensor) -> bool:
+    """Whether torch.vmap maps a tensor, under whatever other transformations."""
+    return torch._C._are_functorch_transforms_active() and any(
+        torch._C._functorch.is_batchedtensor(each)
+        for tensor in tensors
+        for each in _unwrapped(tensor)
+    )
+
+
+def _unwrapped(tensor: Tensor) -> list[Tensor]:
+    """Return a tensor, then what each wrapper of torch.func wraps; the last one is no wrapper."""
+    found = [tensor]
+    while torch._C._functorch.is_functorch_wrapped_tensor(found[-1]):
+        found.append(torch._C._functorch.get_unwrapped(found[-1]))
+    return found
+
+
+def rows_of(tensor: Tensor) -> Tensor | None:
+    """Return all rows [rows, n] of a tensor [n] that torch.vmap maps; None if they have no numbers.
+
+    They are for a look at the numbers, with torch.func switched off.
+    """
+    axis, functorch = 0, torch._C._functorch
+    *wrappers, plain = _unwrapped(tensor)
+    for wrapper in wrappers:
+        if functorch.is_functionaltensor(wrapper):
+            return None
+        if functorch.is_batchedtensor(wrapper) and functorch.maybe_get_bdim(wrapper) <= axis:
+            axis += 1
+    known = type(plain) is Tensor and not plain.is_meta and not is_recorded()
+    return plain.movedim(axis, -1).reshape(-1, plain.shape[axis]) if known else None
 
 
 def may_decide(tensor: Tensor) -> bool:
-    """Whether the contents of a tensor are there, and sizes may depend on them.
+    """Whether the contents of a tensor are there, and sizes may depend on them."""
+    return not is_recorded() and contents(tensor) is not None
 
-    A mode that looks on, such as a counter, does not mind; a compiler or a tracer would.
+
+def is_recorded() -> bool:
+    """Whether a compiler or a tracer notes operations down, to run them with other numbers.
+
+    A mode that looks on, such as a counter, does not.
     """
-    if torch.compiler.is_compiling() or contents(tensor) is None:
-        return False
-    if not is_in_torch_dispatch_mode():
-        return True
-    return not any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    return torch.compiler.is_compiling() or (
+        is_in_torch_dispatch_mode()
+        and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    )
 
 
 def has_tangent(*tensors: Tensor) -> bool:
@@ -179,8 +224,8 @@ def define(
     def compute(*inputs: Any) -> Any:
         return (operation if _is_watched(inputs[0]) else run)(*inputs)
 
-    function = _function(run, set_up, gradients)
-    transformed = _function(compute, set_up, gradients)
+    function = _function(run, fake, set_up, gradients)
+    transformed = _function(compute, fake, set_up, gradients)
 
     def call(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
@@ -196,7 +241,10 @@ def define(
 
 
 def _function(
-    run: Callable[..., Any], set_up: Callable[..., None], gradients: Callable[..., Any]
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    set_up: Callable[..., None],
+    gradients: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Return an autograd function whose leading tensors are all [batch, …]."""
 
@@ -218,6 +266,15 @@ def _function(
             is_option = [not isinstance(x, Tensor) for x in inputs]
             num_tensors = [*is_option, True].index(True)
             tensors, options = inputs[:num_tensors], inputs[num_tensors:]
+            if size == 0:
+                of_rows = (
+                    x if dim is None else x.new_empty(x.movedim(dim, 0).shape[1:])
+                    for x, dim in zip(tensors, in_dims, strict=False)
+                )
+                # Part of the graph, although there is nothing to compute.
+                nothing = torch.cat([x.flatten()[:0] for x in tensors])
+                results = fake(*of_rows, *options)
+                return tuple(nothing.to(x.dtype).view(0, *x.shape) for x in results), 0
             if any(isinstance(option, Tensor) for option in options):
                 each = [
                     apply(
@@ -256,8 +313,8 @@ def _view(tensor: Tensor) -> tuple[Tensor]:
     return (tensor.view_as(tensor),)
 
 
-_zeroth_order = _function(_view, _save_nothing, _refuse)
-_first_order = _function(_view, _save_nothing, lambda ctx, grad: _zeroth_order(grad))
+_zeroth_order = _function(_view, _view, _save_nothing, _refuse)
+_first_order = _function(_view, _view, _save_nothing, lambda ctx, grad: _zeroth_order(grad))
 
 
 def fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
