@@ -1,4 +1,4 @@
-"""Whole models as tools see them: FLOPs of a training step, and ONNX."""
+"""Whole models as tools see them: FLOPs of a training step, torch.func, and ONNX."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from colonnade import FixedPattern
 from colonnade.hf import retrofit
 from tests.cases import mask_of
 from tests.hf.models import dense_model, enable_recomputation, prompts, random_model
+from tests.rounding import check_half_the_digits
 
 pytestmark = pytest.mark.plain
 
@@ -80,3 +81,29 @@ def test_models_run_in_onnxruntime(name: str, tmp_path: Any) -> None:
     for ids in (prompts(1, 20), prompts(1, 27)):
         found = session.run(None, {session.get_inputs()[0].name: ids.numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(found), module(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sparse_transformer", "llama"])
+def test_vmap_maps_tokens_and_nothing_that_says_where_padding_is(family: str) -> None:
+    model: Any = random_model()
+    if family == "llama":
+        model = retrofit(dense_model(family), 8, 2)
+    ids = prompts(3, 20)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+        call = torch.func.functional_call(model, parameters, (ids[None],), {"use_cache": False})
+        total: Tensor = call.logits.square().sum()
+        return total
+
+    found = torch.func.vmap(lambda row: model(row[None], use_cache=False).logits[0])(ids)
+    check_half_the_digits(found, model(ids).logits)
+    of_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids)
+    of_second = torch.func.grad(loss)(parameters, ids[1])
+    flat = [
+        torch.cat([g.flatten() for g in each])
+        for each in ([of_each[name][1] for name in of_second], of_second.values())
+    ]
+    check_half_the_digits(*flat)  # Some of them are 0 but for rounding.
+    with pytest.raises(NotImplementedError, match="got a mapped attention_mask"):
+        torch.func.vmap(lambda row, mask: model(row[None], mask[None]).logits)(ids, ids > 0)

@@ -114,7 +114,7 @@ def _batches(documents: Documents, device: torch.device) -> tuple[list[Tensor], 
     for length in documents.lengths.tolist() or [0]:
         begins.setdefault(length, []).append(begin)
         begin += length
-    with for_every_call():
+    with for_every_call(), torch.device("cpu"):
         batches = [
             torch.tensor(of_length)[:, None] + torch.arange(length)
             for length, of_length in begins.items()

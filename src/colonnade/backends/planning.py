@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from colonnade.backends.documents import Documents, documents_of
@@ -76,7 +77,7 @@ def _kept(
     heads: tuple[int, ...],
 ) -> Plan:
     """A short sequence's plan takes longer than its attention, and layers share one."""
-    with for_every_call():
+    with for_every_call(), torch.device("cpu"):
         if documents is None:
             plan = fixed_plan(options.pattern, q_len, kv_len, heads, options.reduced)
         else:

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from colonnade.backends.tracing.operation import may_decide
 from colonnade.hf.cache import FixedCache
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.mask import PatternMask, check_mask
@@ -222,7 +223,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
 
 def _check_range(name: str, numbers: Tensor, setting: str, limit: int, hint: str = "") -> None:
     """Refuse what has no embedding: an obscure index error, or worse on a GPU."""
-    if torch.compiler.is_compiling() or numbers.numel() == 0:  # It cannot branch on contents.
+    if not may_decide(numbers) or numbers.numel() == 0:
         return
     least, most = int(numbers.min()), int(numbers.max())
     if not 0 <= least <= most < limit:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache
 
+from colonnade.backends.tracing.operation import is_mapped
 from colonnade.hf.batch import (
     HANDED_ON,
     NAMES,
@@ -111,6 +112,12 @@ class _Before:
                     f"inputs_embeds, got {unread} for a {type(module).__name__} without either."
                 )
             return {}
+        for name in SAID:
+            if isinstance(given := arguments.get(name), Tensor) and is_mapped(given):
+                raise NotImplementedError(
+                    f"torch.vmap may map tokens, but nothing that says where padding and documents "
+                    f"are, got a mapped {name}. Call the model with the whole batch."
+                )
         said = (tokens, *map(arguments.get, SAID))
         if outer is not None and outer.batch is not None and _is_same(outer.batch.said, said):
             running.batch = outer.batch

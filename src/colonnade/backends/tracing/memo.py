@@ -23,10 +23,10 @@ KEPT = 8
 def for_every_call() -> Iterator[None]:
     """Make tensors that serve every other call, whatever the call that makes them is under.
 
-    That is inference mode, another default device, or a transformation of torch.func, which wraps
-    what is made inside of it in tensors that are of no use after it.
+    That is inference mode, or a transformation of torch.func, which wraps what is made inside of it
+    in tensors that are of no use after it.
     """
-    with torch.inference_mode(False), torch.device("cpu"), torch._C._DisableFuncTorch():
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
         yield
 
 
