@@ -355,8 +355,11 @@ class FullPattern(Pattern):
 
 
 def check_count(name: str, value: int, minimum: int | None = None) -> None:
-    """Refuse anything but an integer of at least `minimum`; a bool is not a count."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Refuse anything but an integer of at least `minimum`; a bool is not a count.
+
+    A length that a compiler leaves open is one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int, got {name}={value!r}.")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {name}={value}.")

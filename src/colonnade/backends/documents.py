@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from colonnade.backends.tracing.memo import for_every_call, remembered
 from colonnade.backends.tracing.operation import contents, rows_of
@@ -50,7 +51,9 @@ def check_documents(cu_seqlens: CuSeqlens, total: int) -> None:
     if torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             return  # The assertion has no batching rule.
-        fit = (cu_seqlens[0] == 0) & (cu_seqlens.diff() >= 0).all() & (cu_seqlens[-1] == total)
+        # As long as cu_seqlens: one difference would broadcast, and hold for several documents.
+        before = F.pad(cu_seqlens, (1, 0))[:-1]
+        fit = (cu_seqlens[0] == 0) & (cu_seqlens >= before).all() & (cu_seqlens[-1] == total)
         torch._assert_async(
             fit, "cu_seqlens must start at 0, not decrease, and end at the number of tokens."
         )

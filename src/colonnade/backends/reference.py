@@ -72,7 +72,9 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
     else:
         shape = num_kv_heads, kv_len, kv_len
         mask = _checked(pattern.mask(kv_len, num_kv_heads), shape)
-    return mask[None, :, mask.shape[1] - q_len :]
+    # Not a slice: a compiler would ask whether there are fewer queries than keys.
+    last = torch.arange(q_len, device=mask.device) + (kv_len - q_len)
+    return mask.index_select(1, last)[None]
 
 
 def _mask_of_documents(pattern: HasMask, ends: CuSeqlens, total: int, num_kv_heads: int) -> Mask:
@@ -85,7 +87,8 @@ def _mask_of_documents(pattern: HasMask, ends: CuSeqlens, total: int, num_kv_hea
         )
     check_documents(ends, total)
     position = torch.arange(total, device=ends.device)
-    document = (position[:, None] >= ends[1:]).sum(1)
+    # Of all boundaries, which are two at least: a compiler asks whether there is only one number.
+    document = (position[:, None] >= ends).sum(1) - 1
     inside = position - ends[document]
     together = document[:, None] == document
     read = [pattern.reads(inside[:, None], inside, head) for head in range(num_kv_heads)]

@@ -31,6 +31,16 @@ def _is_masked(query: Query, pattern: FullPattern) -> bool:
     return False if query.shape[2] == 1 else pattern.causal
 
 
+def _are_equal(q_len: int, kv_len: int) -> bool:
+    """Whether two lengths are equal; to a compiler, whether they are in every call."""
+    if not torch.compiler.is_compiling():
+        return q_len == kv_len
+    # A comparison would hold the program to lengths that are equal, or to lengths that are not.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(q_len == kv_len)
+
+
 def keeps_the_contract(
     query: Query, key: Key, value: Value, pattern: FullPattern, call: Call
 ) -> bool:
@@ -44,7 +54,7 @@ def keeps_the_contract(
     """
     masked = _is_masked(query, pattern)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if masked and query.shape[2] != key.shape[2]:
+    if masked and not _are_equal(query.shape[2], key.shape[2]):
         fits = not (wants_grad or torch.compiler.is_compiling())
     else:
         precise = query.dtype in (torch.float32, torch.float64)
