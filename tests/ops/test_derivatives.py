@@ -214,6 +214,36 @@ def test_mapping_draws_as_it_is_told_to(pattern: Pattern, randomness: str) -> No
 
 
 @each_case
+def test_a_functionalized_call_is_the_call(backend: str, pattern: Pattern, layout: str) -> None:
+    function = _function(backend, pattern, layout)
+    x = _x().requires_grad_()
+    found, expected = torch.func.functionalize(function)(x), function(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda function: torch.func.functionalize(torch.func.grad(function)),
+        lambda function: torch.func.grad(torch.func.functionalize(function)),
+        lambda function: lambda x: torch.vmap(torch.func.functionalize(function))(x[None]),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_functionalize_among_others_takes_the_reference(
+    layout: str, transform: Callable[[Function], Function]
+) -> None:
+    x = _x()
+    found, expected = (
+        transform(_function(backend, PATTERNS[0], layout))(x) for backend in ("auto", "reference")
+    )
+    assert torch.equal(found, expected)
+    with pytest.raises(NotImplementedError, match=r"functionalize.*backend='reference'"):
+        transform(_function("eager", PATTERNS[0], layout))(x)
+
+
+@each_case
 def test_a_mapping_over_nothing(backend: str, pattern: Pattern, layout: str) -> None:
     function, x = _function(backend, pattern, layout, reduce=False), _x(0).requires_grad_()
     out = torch.vmap(function)(x)

@@ -13,7 +13,7 @@ from colonnade.backends import eager, native, reference
 from colonnade.backends.call import Call
 from colonnade.backends.tracing.autocast import without_autocast
 from colonnade.backends.tracing.constant import constant_when_compiled
-from colonnade.backends.tracing.operation import has_tangent
+from colonnade.backends.tracing.operation import has_tangent, is_functionalized
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 
@@ -80,11 +80,13 @@ def _reason_declined(name: str, query: Query, key: Key, value: Value, call: Call
         # Outside of every dual level, which is nearly always, there is nothing to look at.
         if forward_ad._current_level >= 0 and has_tangent(query, key, value):
             return "has no derivatives in forward mode, and one was asked for"
-        if torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
+            if torch.compiler.is_compiling():
                 return "runs in torch.func's transformations, but not where they are compiled"
-            if _is_for_onnx():
-                return "is made of operations that ONNX does not have"
+            if is_functionalized() and torch._C._functorch.get_dynamic_layer_stack_depth() > 1:
+                return "runs in torch.func.functionalize, but not together with other transforms"
+        if torch.compiler.is_compiling() and _is_for_onnx():
+            return "is made of operations that ONNX does not have"
     return BACKENDS[name].reason_declined(query, key, value, call)
 
 

@@ -65,6 +65,15 @@ def contents(tensor: Tensor | None) -> Tensor | None:
     return None if type(tensor) is not Tensor or tensor.is_meta else tensor
 
 
+def is_functionalized() -> bool:
+    """Whether torch.func.functionalize is one of the transformations."""
+    functorch = torch._C._functorch
+    return torch._C._are_functorch_transforms_active() and any(
+        level.key() == functorch.TransformType.Functionalize
+        for level in functorch.get_interpreter_stack() or ()
+    )
+
+
 def is_mapped(*tensors: Tensor) -> bool:
     """Whether torch.vmap maps a tensor, under whatever other transformations."""
     return torch._C._are_functorch_transforms_active() and any(
@@ -212,7 +221,8 @@ def define(
 
     Where something compiles, traces, fakes tensors, counts or takes times, it is the operation of
     PyTorch's dispatcher, whose inside no compiler sees. Elsewhere an autograd function calls the
-    function as it is, which is faster. Only that one can be transformed by torch.func.
+    function as it is, which is faster. Only that one can be transformed by torch.func, and only the
+    other one functionalized.
     """
     # The schema is spelled out: read off annotations it would depend on who wraps the function.
     torch.library.define(name, schema)
@@ -229,7 +239,7 @@ def define(
 
     def call(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return transformed(*inputs)
+            return (operation if is_functionalized() else transformed)(*inputs)
         # The second: autograd.grad(…, is_grads_batched=True), whose tensors know few functions.
         if _is_watched(inputs[0]) or any(
             map(torch._C._functorch.is_legacy_batchedtensor, inputs[:2])
@@ -305,6 +315,8 @@ def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     For attention in PyTorch's own kernels: they end there too, and speak of their own names only.
     """
     if is_tracing() or not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return tensors
+    if is_functionalized():  # An autograd function cannot be.
         return tensors
     return tuple(_first_order(tensor)[0] for tensor in tensors)
 
