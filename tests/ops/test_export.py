@@ -146,6 +146,15 @@ def test_a_named_backend_does_not_go_to_onnx(backend: str, monkeypatch: pytest.M
         torch.export.export(module, draw(29))
 
 
+@each_kind
+def test_tracing_is_refused(kind: str) -> None:
+    """The older exporter to ONNX traces, too."""
+    module, draw, _ = _made(kind, PATTERNS[0], "auto")
+    *others, last = draw(29)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace.*Use torch\.export"):
+        torch.jit.trace(lambda last: module(*others, last), (last,))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @each_kind

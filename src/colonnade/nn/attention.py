@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from colonnade.backends.choice import check_backend
 from colonnade.cache import KVCache
-from colonnade.ops.check import check_padding, check_probability
+from colonnade.ops.check import check_not_traced, check_padding, check_probability
 from colonnade.ops.heads import Patterns, attention_in_groups, check_patterns
 from colonnade.ops.packing import Packing
 from colonnade.pattern import check_counts, check_multiple
@@ -191,6 +191,7 @@ def rotate(
 
 
 def _check_layout(x: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
+    check_not_traced()
     if cu_seqlens is not None and padding_mask is not None:
         raise ValueError(
             "give cu_seqlens or padding_mask, not both: packed documents have no padding."

@@ -16,6 +16,18 @@ DTYPES = (torch.float64, *AUTOCAST_DTYPES)
 WHOLE = Whole()
 
 
+def check_not_traced() -> None:
+    """Refuse torch.jit.trace, which would take the lengths and documents of one call for all.
+
+    The older ONNX exporter traces, too.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            "torch.jit.trace, and torch.onnx.export with dynamo=False, would keep the lengths of "
+            "one call for all others. Use torch.export, or torch.onnx.export with dynamo=True."
+        )
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse anything but [batch, heads, seq, head_dim] tensors that fit together."""
     check_together(query, key, value, "[batch, heads, seq, head_dim]")
@@ -36,6 +48,7 @@ def check_together(query: Tensor, key: Tensor, value: Tensor, layout: str) -> No
 
     Heads are the second axis of the layout, and widths the last one.
     """
+    check_not_traced()
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from colonnade.ops.attention import attention, attention_varlen
+from colonnade.ops.check import check_not_traced
 from colonnade.ops.packing import Packing
 from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Query, Value
@@ -39,6 +40,7 @@ class HeadGroup(NamedTuple):
 
 def head_groups(patterns: Patterns, num_kv_heads: int) -> Iterator[HeadGroup]:
     """Split the key heads into one group for each pattern; the first ones are longer by one."""
+    check_not_traced()
     if not isinstance(patterns, tuple):
         patterns = (patterns,)
     each, longer = divmod(num_kv_heads, len(patterns))
