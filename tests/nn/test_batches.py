@@ -150,3 +150,16 @@ def test_one_way_to_say_where_tokens_are() -> None:
         layer(x, padding_mask=mask.tolist())
     with pytest.raises(ValueError, match=r"padding_mask\.shape=\(2, 5\)"):
         layer(x, padding_mask=mask[:, 1:])
+
+
+def test_padding_on_another_device() -> None:
+    """A layer without data takes a mask that has some; not the other way round."""
+    layer, mask = SelfAttention(16, 4, PATTERNS["fixed"]), _mask(MASKS["holes"])
+    x = torch.randn(3, 11, 16)
+    with pytest.raises(ValueError, match=r"padding_mask must have data.*device=meta and x\."):
+        layer(x, padding_mask=mask.to("meta"))
+    layer, x = layer.to("meta"), x.to("meta")
+    for each in (mask, mask.to("meta")):
+        assert layer(x, padding_mask=each).shape == x.shape
+    with pytest.raises(NotImplementedError, match=r"padding_mask.*no contents"):
+        layer(x, layer.new_cache(), padding_mask=mask)

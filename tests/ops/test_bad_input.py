@@ -219,6 +219,19 @@ def test_packed(changes: dict[str, Any], error: type[Exception], message: str) -
             explain(**arguments)
 
 
+@pytest.mark.parametrize("function", [attention_varlen, explain])
+def test_cu_seqlens_without_data(function: Callable[..., Any]) -> None:
+    """Tensors without data take boundaries that have some, if they are right."""
+    tensors = {name: torch.zeros(shape) for name, shape in PACKED.items()}
+    with pytest.raises(ValueError, match=r"cu_seqlens must have data.*device=meta and query\."):
+        function(**tensors, cu_seqlens=_meta(GOOD), pattern=FIXED)
+    tensors = {name: _meta(tensor) for name, tensor in tensors.items()}
+    function(**tensors, cu_seqlens=GOOD, pattern=FIXED)
+    function(**tensors, cu_seqlens=_meta(GOOD), pattern=FIXED)
+    with pytest.raises(ValueError, match=r"must start at 0, got cu_seqlens\[0\]=1"):
+        function(**tensors, cu_seqlens=GOOD + 1, pattern=FIXED)
+
+
 HUGE = 2**40
 """Tokens of tensors that hold one number: whatever touched them all would need terabytes."""
 

@@ -115,10 +115,10 @@ class Groups:
         counts, is_token = [length] * batch, None
         if padding_mask is not None:
             check_padding(padding_mask, "the new positions", (batch, length))
-            if contents(padding_mask) is None:
+            if contents(padding_mask) is None or key.is_meta:
                 raise NotImplementedError(
-                    "a cache counts the tokens in padding_mask, which has no contents here: it is "
-                    "a meta or fake tensor, or torch.vmap maps it. Leave it out."
+                    "a cache counts the tokens in padding_mask, which has no contents here: it "
+                    "or the key is a meta or fake tensor, or torch.vmap maps it. Leave it out."
                 )
             counts = _num_tokens(padding_mask)
             if any(count < length for count in counts):

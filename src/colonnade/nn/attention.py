@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from colonnade.backends.choice import check_backend
 from colonnade.cache import KVCache
-from colonnade.ops.check import check_not_traced, check_padding, check_probability
+from colonnade.ops.check import check_has_data, check_not_traced, check_padding, check_probability
 from colonnade.ops.heads import Patterns, attention_in_groups, check_patterns
 from colonnade.ops.packing import Packing
 from colonnade.pattern import check_counts, check_multiple
@@ -112,9 +112,11 @@ class SelfAttention(nn.Module):
         if cache is not None:
             self._check_cache(cache, cu_seqlens, dropout)
             out = self.merge_heads(cache.attend(*self.project(x, rotary), None, padding_mask))
-            return out if padding_mask is None else out.masked_fill(~padding_mask[..., None], 0.0)
+            if padding_mask is None:
+                return out
+            return out.masked_fill(~padding_mask[..., None].to(out.device), 0.0)
         if padding_mask is not None:
-            packing = Packing.of_padded(padding_mask)
+            packing = Packing.of_padded(padding_mask, x.device)
             if rotary is not None:
                 cos, sin = (packing.pack(angle.expand(len(x), -1, -1)) for angle in rotary)
                 rotary = (cos[None], sin[None])
@@ -202,3 +204,5 @@ def _check_layout(x: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | N
             f"got x.shape={tuple(x.shape)}."
         )
     check_padding(padding_mask, "x", (x.shape[0], x.shape[1]))
+    if padding_mask is not None:
+        check_has_data("padding_mask", padding_mask, "x", x)

@@ -15,7 +15,13 @@ from colonnade.backends.call import Packed
 from colonnade.backends.choice import Explanation, explain_call, run
 from colonnade.backends.documents import check_documents
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
-from colonnade.ops.check import check_cu_seqlens, check_packed_tensors, check_tensors, make_call
+from colonnade.ops.check import (
+    check_cu_seqlens,
+    check_has_data,
+    check_packed_tensors,
+    check_tensors,
+    make_call,
+)
 from colonnade.pattern import HasMask
 from colonnade.shapes import (
     CuSeqlens,
@@ -181,6 +187,9 @@ def attention_varlen(
     query, key, value = cast_as_autocast_would(query, key, value)
     check_packed_tensors(query, key, value)
     check_cu_seqlens(cu_seqlens)
+    check_has_data("cu_seqlens", cu_seqlens, "query", query)
+    if query.is_meta:  # No backend will look.
+        check_documents(cu_seqlens, query.shape[0])
     call = make_call(query, pattern, scale, dropout_p, return_lse, Packed(cu_seqlens))
     q, k, v = _as_one_row(query, key, value)
     out, lse = run(q, k, v, call, backend)
@@ -235,6 +244,7 @@ def explain(
     else:
         check_packed_tensors(query, key, value)
         check_cu_seqlens(cu_seqlens)
+        check_has_data("cu_seqlens", cu_seqlens, "query", query)
         call = make_call(query, pattern, scale, dropout_p, return_lse, Packed(cu_seqlens))
         check_documents(cu_seqlens, key.shape[0])
         query, key, value = _as_one_row(query, key, value)

@@ -28,6 +28,15 @@ def check_not_traced() -> None:
         )
 
 
+def check_has_data(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a meta tensor whose numbers are needed, because another one has numbers."""
+    if tensor.is_meta and not other.is_meta:
+        raise ValueError(
+            f"{name} must have data if {other_name} has, got {name}.device={tensor.device} and "
+            f"{other_name}.device={other.device}."
+        )
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse anything but [batch, heads, seq, head_dim] tensors that fit together."""
     check_together(query, key, value, "[batch, heads, seq, head_dim]")

@@ -33,9 +33,16 @@ class Packing:
     is_token: Bool[Tensor, " total"] | None = None
 
     @classmethod
-    def of_padded(cls, padding_mask: Bool[Tensor, "batch seq_len"]) -> Packing:
-        """Make one document of each batch row: its real tokens, wherever the padding is."""
-        return _of_padded(padding_mask)
+    def of_padded(
+        cls, padding_mask: Bool[Tensor, "batch seq_len"], device: torch.device | None = None
+    ) -> Packing:
+        """Make one document of each batch row: its real tokens, wherever the padding is.
+
+        Args:
+            padding_mask: True at tokens.
+            device: That of the tensors that will be packed; that of the mask if None.
+        """
+        return _of_padded(padding_mask, padding_mask.device if device is None else device)
 
     @classmethod
     def of_documents(
@@ -76,13 +83,14 @@ class Packing:
 
 
 @remembered
-def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"]) -> Packing:
+def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"], device: torch.device) -> Packing:
     """All layers of a step are handed one mask, and share what is found in it."""
     batch, seq_len = padding_mask.shape
     if may_decide(padding_mask):
         cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
-        return Packing(batch, seq_len, padding_mask.flatten().nonzero()[:, 0], cu_seqlens)
-    return _of_unknown(padding_mask, padding_mask.cumsum(1) == 1)
+        index = padding_mask.flatten().nonzero()[:, 0]
+        return Packing(batch, seq_len, index.to(device), cu_seqlens)
+    return _of_unknown(padding_mask.to(device), padding_mask.to(device).cumsum(1) == 1)
 
 
 def _of_unknown(
