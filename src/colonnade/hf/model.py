@@ -198,7 +198,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}.")
         if inputs_embeds is None:
             assert input_ids is not None
-            input_ids = _without_padding(input_ids, attention_mask)
+            input_ids = _without_padding(input_ids, attention_mask, self.config.vocab_size)
             hint = " A tokenizer's special tokens need vocab_size=len(tokenizer)."
             _check_range("input_ids", input_ids, "vocab_size", self.config.vocab_size, hint)
             inputs_embeds = self.embedding.token(input_ids)
@@ -233,14 +233,16 @@ def _check_range(name: str, numbers: Tensor, setting: str, limit: int, hint: str
         )
 
 
-def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Put token 0 where padding is: a pad token may have an id for which there is no embedding."""
+def _without_padding(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
+    """Put token 0 where padding is that has an id without an embedding, such as a pad token's."""
     batch, length = input_ids.shape
     if attention_mask is None or attention_mask.ndim != 2:
         return input_ids
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         return input_ids
-    return input_ids.masked_fill(attention_mask[:, attention_mask.shape[1] - length :] == 0, 0)
+    is_padding = attention_mask[:, attention_mask.shape[1] - length :] == 0
+    has_embedding = (input_ids >= 0) & (input_ids < vocab_size)
+    return input_ids.masked_fill(is_padding & ~has_embedding, 0)
 
 
 def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
