@@ -73,7 +73,7 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
         shape = num_kv_heads, kv_len, kv_len
         mask = _checked(pattern.mask(kv_len, num_kv_heads), shape)
     # Not a slice: a compiler would ask whether there are fewer queries than keys.
-    last = torch.arange(q_len, device=mask.device) + (kv_len - q_len)
+    last = torch.arange(q_len, device=mask.device) + (mask.shape[1] - q_len)
     return mask.index_select(1, last)[None]
 
 

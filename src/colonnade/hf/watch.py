@@ -11,6 +11,7 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -66,8 +67,7 @@ class _Before:
         outer = _call_around(module)
         call = dict(zip(self.names, given, strict=False)) | named
         told = {name: call[name] for name in HANDED_ON if call.get(name) is not None}
-        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
-        running = ModelCall(module, told, outer, running_call(), frame)
+        running = ModelCall(module, told, outer, running_call(), _frame_of_call())
         set_running_call(running)  # The hook behind the call takes it away again.
         arguments = dict(call)
         give_one_name(arguments)
@@ -142,6 +142,16 @@ class _Before:
         said = (tokens, *map((arguments | changes).get, SAID))
         running.batch = replace(batch, said=said)
         return changes
+
+
+def _frame_of_call() -> FrameType | None:
+    """Return the frame that runs the forward of a module and its hooks, from inside of a hook."""
+    if torch.compiler.is_compiling():  # It sees no frames.
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != nn.Module.__module__:
+        frame = frame.f_back
+    return frame
 
 
 _COMPILED_BEHIND_DOCUMENTS = (
