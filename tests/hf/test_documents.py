@@ -517,6 +517,7 @@ def test_a_mask_that_was_made_ahead_says_no_less(family: str, packed: bool) -> N
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [FixedCache, DynamicCache, StaticCache])
 def test_a_compiled_call_goes_on_from_no_cache_with_several_documents(make: Any) -> None:
     model, ids = _model("llama"), prompts(1, 20)
