@@ -40,9 +40,10 @@ class HeadGroup(NamedTuple):
 
 def head_groups(patterns: Patterns, num_kv_heads: int) -> Iterator[HeadGroup]:
     """Split the key heads into one group for each pattern; the first ones are longer by one."""
-    check_not_traced()
     if not isinstance(patterns, tuple):
-        patterns = (patterns,)
+        yield HeadGroup(patterns, 0, num_kv_heads)
+        return
+    check_not_traced()
     each, longer = divmod(num_kv_heads, len(patterns))
     first = 0
     for index, pattern in enumerate(patterns):

@@ -55,7 +55,7 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | N
             return "reads what is kept with one query a head only, and here are more"
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             return "has no gradients for a decoder's query, got requires_grad=True"
-        if is_mapped(query, key, value):
+        if torch._C._are_functorch_transforms_active() and is_mapped(query, key, value):
             return "does not map a decoder's query, and torch.vmap asks for that"
     elif not isinstance(pattern, FixedPattern):
         return f"runs FixedPattern only, got a {type(pattern).__name__}"
