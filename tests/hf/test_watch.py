@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaModel, LlamaPreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from colonnade.hf import FixedCache, retrofit
 from tests.hf.models import dense_model, prompts, random_model
@@ -118,6 +119,13 @@ def test_a_cache_that_a_call_left_unfinished_is_refused(family: str, make: Any) 
     hook.remove()
     with pytest.raises(ValueError, match=r"got 8 in the first and 5 in the last.*a new cache"):
         model(ids[:, 5:8], past_key_values=cache)
+
+
+def test_a_cache_may_have_more_layers_than_its_model() -> None:
+    model, ids, cache = _model(), prompts(1, TOTAL), DynamicCache()
+    cache.layers = [DynamicLayer() for _ in range(5)]
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([9, 11], 1)]
+    check_half_the_digits(torch.cat(parts, 1), model(ids).logits)
 
 
 @each_model

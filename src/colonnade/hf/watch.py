@@ -240,7 +240,7 @@ def _after(module: PreTrainedModel, given: Any, output: Any) -> None:
 _Quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
-def _check_cache(cache: Cache, model: nn.Module) -> None:
+def _check_cache(cache: Cache, model: PreTrainedModel) -> None:
     """Refuse caches that save memory on positions which the pattern never reads again.
 
     Raises:
@@ -255,7 +255,7 @@ def _check_cache(cache: Cache, model: nn.Module) -> None:
         )
     layers = getattr(cache, "layers", ())
     if not torch.compiler.is_compiling():
-        _check_whole(cache, layers)
+        _check_whole(cache, layers, model)
     what = "an offloaded" if getattr(cache, "offloading", False) else None
     if any(isinstance(layer, _Quantized) for layer in layers):
         what = "a quantised"
@@ -267,12 +267,15 @@ def _check_cache(cache: Cache, model: nn.Module) -> None:
         )
 
 
-def _check_whole(cache: Cache, layers: Sequence[Any]) -> None:
+def _check_whole(cache: Cache, layers: Sequence[Any], model: PreTrainedModel) -> None:
     """Refuse a cache that an interrupted call left with more positions in its first layers.
 
     Raises:
         ValueError: It is such a cache.
     """
+    # Some caches have more layers than their model.
+    config = model.config.get_text_config(decoder=True)
+    layers = layers[: getattr(config, "num_hidden_layers", None)]
     if len(layers) < 2 or any(type(layer) is not type(layers[0]) for layer in layers):
         return  # Those of several kinds may count in several ways.
     first, last = (int(layer.get_seq_length()) for layer in (layers[0], layers[-1]))
