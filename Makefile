@@ -51,7 +51,7 @@ help:
 	@echo 'make bench-decoding  time the cache, and generation with it; a quarter of an hour'
 	@echo 'make bench-paired  time this checkout against the src folder OLD=, ROUNDS=$(ROUNDS) in turns'
 	@echo 'make structure  count the files that a call goes through, and statements'
-	@echo 'make test       the test suite: once with run-time type checks, then the tests marked plain'
+	@echo 'make test       the test suite: with run-time type checks, then the tests marked plain and interpreted'
 	@echo 'make test-oldest  the same with the oldest torch and transformers, in .venv-oldest'
 	@echo 'make test-newest  the same with the newest release of everything, in .venv-newest'
 	@echo 'make test-slow  the tests marked slow'
@@ -92,7 +92,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	    echo 'Taking the torch that is installed'; \
 	    taken=torch; \
 	fi; \
-	awk -F== -v taken=$$taken 'BEGIN { seen[taken] = 1 } !/^#/ && !seen[$$1]++' $(CONSTRAINTS) >$(VENV)/constraints.txt; \
+	awk -F== -v taken=$$taken 'BEGIN { seen[taken] = 1; seen[taken ? "triton" : ""] = 1 } !/^#/ && !seen[$$1]++' $(CONSTRAINTS) >$(VENV)/constraints.txt; \
 	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $(PIP_ARGS) -e '.[all,dev]'; \
 	rm $(UNFINISHED); \
 	touch $(STAMP)
@@ -123,10 +123,12 @@ structure: $(STAMP)
 
 # Run-time type checks would refuse bad input before our own errors could, and stand in a
 # compiler's way: the tests of both are marked plain and run without. Each file runs in one process:
-# a test has one thread, and what a file prepares is prepared once.
+# a test has one thread, and what a file prepares is prepared once. Triton chooses its interpreter
+# when it is imported, for a whole process: hence the third.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu'
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu and not interpreted'
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'plain and not slow and not gpu'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m interpreted tests/backends/test_triton.py
 
 # Both ends of what pyproject.toml accepts, each in an environment of its own, which takes no torch
 # from PYTHON. --always-make looks for newer releases in every run.

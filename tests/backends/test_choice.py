@@ -59,6 +59,7 @@ def test_auto_takes_eager_for_every_pattern_in_float64(pattern: Pattern) -> None
     assert str(explanation).splitlines() == [
         "eager runs.",
         f"native does not run: {explanation.others['native']}.",
+        f"triton does not run: {explanation.others['triton']}.",
         "reference does not run: eager comes first and takes these inputs.",
     ]
     assert torch.equal(_attend(case, pattern, "auto"), _attend(case, pattern, "eager"))
@@ -106,7 +107,7 @@ def test_auto_takes_reference_for_what_eager_declines() -> None:
     query, key, value = case.inputs()[:3]
     explanation = explain(query, key, value, _Drawn())
     assert explanation.backend == "reference"
-    assert list(explanation.others) == ["native", "eager"]
+    assert list(explanation.others) == ["native", "triton", "eager"]
     why = explanation.others["eager"]
     assert "_Drawn" in why
     for kind in {type(pattern) for pattern in EXAMPLES.values()}:
@@ -114,6 +115,7 @@ def test_auto_takes_reference_for_what_eager_declines() -> None:
     assert str(explanation).splitlines() == [
         "reference runs.",
         f"native does not run: {explanation.others['native']}.",
+        f"triton does not run: {explanation.others['triton']}.",
         f"eager does not run: {why}.",
     ]
     assert torch.equal(_attend(case, _Drawn(), "auto"), _attend(case, _Drawn(), "reference"))

@@ -34,6 +34,7 @@ from tests.cases import Case, attend, cases, each_pattern, mask_of, output, patt
 from tests.packing import attend_packed, cu_seqlens_of, cuts, packed, packed_case
 
 WAYS = ("forward", "backward")
+BACKENDS = ("eager", "native", "triton", "windowed")
 
 
 def counted(call: Callable[..., object], *inputs: Any) -> dict[str, int]:
@@ -276,7 +277,7 @@ print(json.dumps([was_loaded, names]))
     assert done.returncode == 0, done.stderr
     was_loaded, names = json.loads(done.stdout)
     assert was_loaded == (first != "colonnade")
-    ways = [f"{name}_{way}" for name in ("eager", "native", "windowed") for way in WAYS]
+    ways = [f"{name}_{way}" for name in BACKENDS for way in WAYS]
     assert names == sorted(f"colonnade.{name}" for name in ("native_decode", *ways))
 
 

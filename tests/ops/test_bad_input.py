@@ -138,7 +138,7 @@ def test_tensors(
         (
             {"backend": "flash"},
             ValueError,
-            r"\['auto', 'eager', 'native', 'reference'\].*backend='flash'",
+            r"\['auto', 'eager', 'native', 'reference', 'triton'\].*backend='flash'",
         ),
         ({"backend": "Eager"}, ValueError, "got backend='Eager'"),
         ({"backend": None}, TypeError, "backend must be a str, got backend=None"),

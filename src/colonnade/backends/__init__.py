@@ -10,4 +10,5 @@ tracing/      autocast, compilers, plans that are kept
 reference.py  softmax over a dense mask: the specification
 eager/        every pattern in plain PyTorch
 native/       the plan on CPUs, in C++
+triton/       the plan on GPUs, in Triton
 """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from colonnade.backends import eager, native, reference
+from colonnade.backends import eager, native, reference, triton
 from colonnade.backends.call import Call
 from colonnade.backends.tracing.autocast import without_autocast
 from colonnade.backends.tracing.constant import constant_when_compiled
@@ -36,8 +36,15 @@ class Backend(Protocol):
         """Compute output and log-sum-exp; the latter may be None only where nobody asked for it."""
 
 
-BACKENDS: dict[str, Backend] = {"native": native, "eager": eager, "reference": reference}
+BACKENDS: dict[str, Backend] = {
+    "native": native,
+    "triton": triton,
+    "eager": eager,
+    "reference": reference,
+}
 """In the order in which "auto" tries them."""
+BY_NAME_ALONE = {"triton": "it runs if it is asked for by name alone: no GPU has run it yet"}
+"""Those that "auto" leaves out, and why."""
 
 
 def run(
@@ -69,6 +76,8 @@ def choose(query: Query, key: Key, value: Value, call: Call, backend: str) -> st
 
 def _first_that_takes(query: Query, key: Key, value: Value, call: Call) -> str:
     for name in BACKENDS:
+        if name in BY_NAME_ALONE:
+            continue
         if _reason_declined(name, query, key, value, call) is None:
             return name
     raise AssertionError("the reference takes everything")
@@ -140,5 +149,6 @@ def explain_call(
         if name != chosen:
             why = _reason_declined(name, query, key, value, call)
             asked = f"{chosen} comes first" if backend == "auto" else f"{chosen} was asked for"
-            others[name] = f"it {why}" if why else f"{asked} and takes these inputs"
+            first = BY_NAME_ALONE.get(name, f"{asked} and takes these inputs")
+            others[name] = f"it {why}" if why else first
     return Explanation(chosen, others)

@@ -140,8 +140,8 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise NotImplementedError(
-        "the backends 'native' and 'eager' have first derivatives in reverse mode, and none of "
-        "higher order or in forward mode. Use backend='reference', which has them all."
+        "this backend has first derivatives in reverse mode, and none of higher order or in "
+        "forward mode. Use backend='reference', which has them all."
     )
 
 

@@ -1,0 +1,136 @@
+"""Backend "triton": the plan on GPUs, in Triton. float32, bfloat16 and float16.
+
+An operation makes the plan and launches kernels, one forward and three backward:
+
+    work.py            how the table is cut: a line for each program
+    configurations.py  sizes of tiles
+    launch.py          from tensors and a plan to launches
+    tiles.py           what a kernel is handed, and what it does with a tile
+    forward.py         slots, then own keys, in one online softmax
+    backward.py        gradients without atomics: the same bits in every run
+
+Whatever Triton drives is taken. With TRITON_INTERPRET=1 set before the start, Triton interprets the
+kernels on the CPU: slow, and exact, so that they can be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from colonnade.backends.call import Call, Seen
+from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, count_pairs, make_plan
+from colonnade.backends.tracing.constant import constant_when_compiled
+from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define_attention
+from colonnade.backends.triton.configurations import WIDEST
+from colonnade.pattern import FixedPattern
+from colonnade.plan.table import heads_by_plan
+from colonnade.shapes import Key, LogSumExp, Output, Query, Value
+
+if TYPE_CHECKING:
+    from colonnade.backends.triton.launch import Group
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@constant_when_compiled
+def reason_unusable(build: bool = True) -> str | None:
+    """Return why nothing runs here, as a clause; None: it runs. Triton builds when it is called."""
+    if not _is_installed():
+        return "needs the package triton, which is not installed; `pip install triton` gets it"
+    if not (_is_interpreted() or torch.cuda.is_available() or torch.xpu.is_available()):
+        return "needs a GPU, and PyTorch sees none"
+    return None
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@constant_when_compiled
+def _is_interpreted() -> bool:
+    """Whether Triton will interpret kernels; it reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true", "t")
+
+
+def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | None:
+    """Return why this backend does not take a call, or None if it does."""
+    pattern = call.pattern
+    if isinstance(call.keys, Seen):
+        return "runs patterns, not what a cache marks"
+    if not isinstance(pattern, FixedPattern):
+        return f"runs FixedPattern only, got a {type(pattern).__name__}"
+    if query.dtype not in DTYPES:
+        return f"computes in {', '.join(map(str, DTYPES))}, got query.dtype={query.dtype}"
+    if call.dropout_p > 0:
+        return f"has no dropout, got dropout_p={call.dropout_p}"
+    widths = query.shape[3], value.shape[3]
+    if not all(1 <= width <= WIDEST for width in widths):
+        return f"takes widths from 1 to {WIDEST}, got qk_dim={widths[0]} and v_dim={widths[1]}"
+    devices = ("cpu",) if _is_interpreted() else ("cuda", "xpu")
+    if query.device.type not in devices:
+        return f"runs on {' and '.join(devices)} only here, got query.device={query.device}"
+    return reason_unusable()
+
+
+def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:
+    """softmax(scale · q kᵀ) v over what is read, and the log of its denominator."""
+    p, keys = call.pattern, call.keys
+    assert isinstance(p, FixedPattern)
+    assert not isinstance(keys, Seen)
+    sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
+    return _attend(query, key, value, *sets, call.scale)
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    from colonnade.backends.triton import launch
+
+    *sets, scale = options
+    groups, longest = _groups(query, key, PlanOptions(*sets))
+    return launch.forward(groups, query, key, value, scale, longest)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from colonnade.backends.triton import launch
+
+    *sets, scale = options
+    groups, longest = _groups(query, key, PlanOptions(*sets))
+    tensors = grad_out, grad_lse, query, key, value, out, lse
+    return launch.backward(groups, *tensors, scale, longest)
+
+
+def _groups(query: Tensor, key: Tensor, options: PlanOptions) -> tuple[list[Group], int]:
+    """Return the groups of key heads with their plans, and the most queries of a row."""
+    from colonnade.backends.triton.launch import Group
+
+    q_len, kv_len = query.shape[2], key.shape[2]
+    groups = [
+        Group(heads, make_plan(options, q_len, kv_len, heads))
+        for heads in heads_by_plan(options.pattern, key.shape[1])
+    ]
+    return groups, max(min(options.stride, q_len), 1)
+
+
+_attend = define_attention(
+    "colonnade::triton",
+    f"{PLAN_SCHEMA}, float scale",
+    _forward,
+    _backward,
+    OUTPUT_AND_LSE,
+    count_pairs,
+)

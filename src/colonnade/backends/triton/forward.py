@@ -1,0 +1,118 @@
+"""The kernel of the forward: a program for each piece of a row of the table, and each query head.
+
+It reads whole tiles of slots, then the slots that are left over, then the own keys under the
+triangle, in one online softmax in base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from colonnade.backends.triton.tiles import (
+    load,
+    load_whole,
+    of_head,
+    of_query_head,
+    product,
+    sees,
+    store,
+    store_each,
+)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def attend_pieces(
+    query,
+    key,
+    value,
+    slot_key,
+    slot_value,
+    out,
+    lse,
+    pieces,
+    shift,
+    num_pieces,
+    heads,
+    scale_log2,
+    S: tl.constexpr,
+):
+    """Compute output and log-sum-exp of one piece.
+
+    Queries, output and log-sum-exp are [batch, heads, group, q_len, …], keys, values and slots
+    [batch, heads, positions, …]. `pieces` is `work.pieces`, `shift` that of the plan. The scale has
+    a factor log2(e), for exponentials in base 2.
+    """
+    piece = pieces + tl.program_id(0) % num_pieces * 7
+    q_begin = tl.load(piece)
+    q_end = tl.load(piece + 1)
+    own_begin = tl.load(piece + 2)
+    own_end = tl.load(piece + 3)
+    lead = tl.load(piece + 4)
+    slot_begin = tl.load(piece + 5)
+    slot_end = tl.load(piece + 6)
+    number = tl.program_id(0) // num_pieces
+    member = number % S.group
+    head = number // S.group % heads
+    batch = number // S.group // heads
+
+    r = tl.arange(0, S.queries)
+    n = tl.arange(0, S.keys)
+    row = q_begin + r
+    is_row = row < q_end
+    q = load(of_query_head(query, batch, head, member), row, is_row, S.qk_dim, S.qk_width)
+    peak = tl.full([S.queries], float("-inf"), tl.float32)
+    total = tl.zeros([S.queries], tl.float32)
+    acc = tl.zeros([S.queries, S.v_width], tl.float32)
+
+    keys = of_head(slot_key, batch, head)
+    values = of_head(slot_value, batch, head)
+    whole = slot_begin + (slot_end - slot_begin) // S.keys * S.keys
+    for at in tl.range(slot_begin, whole, S.keys):
+        k = load_whole(keys, at + n, S.qk_dim, S.qk_width)
+        v = load_whole(values, at + n, S.v_dim, S.v_width)
+        scores = product(q, tl.trans(k), S) * scale_log2
+        acc, peak, total = _add(acc, peak, total, scores, v, S)
+    if whole < slot_end:
+        there = whole + n < slot_end
+        k = load(keys, whole + n, there, S.qk_dim, S.qk_width)
+        v = load(values, whole + n, there, S.v_dim, S.v_width)
+        scores = product(q, tl.trans(k), S) * scale_log2
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        acc, peak, total = _add(acc, peak, total, scores, v, S)
+
+    keys = of_head(key, batch, head)
+    values = of_head(value, batch, head)
+    # Query r of the piece sees own keys before r + first.
+    first = lead + 1 - tl.load(shift + head)
+    seen_by_last = tl.maximum(q_end - q_begin - 1 + first, 0)
+    for at in tl.range(own_begin, tl.minimum(own_begin + seen_by_last, own_end), S.keys):
+        k = load(keys, at + n, at + n < own_end, S.qk_dim, S.qk_width)
+        v = load(values, at + n, at + n < own_end, S.v_dim, S.v_width)
+        scores = product(q, tl.trans(k), S) * scale_log2
+        seen = sees(r, first, at - own_begin + n, own_end - own_begin)
+        scores = tl.where(seen, scores, float("-inf"))
+        acc, peak, total = _add(acc, peak, total, scores, v, S)
+
+    # A query that reads nothing: output 0, log-sum-exp -inf.
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
+    store(of_query_head(out, batch, head, member), acc, row, is_row, S.v_dim, S.v_width)
+    natural = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+    store_each(of_query_head(lse, batch, head, member), natural, row, is_row)
+
+
+@triton.jit
+def _add(acc, peak, total, scores, v, S: tl.constexpr):
+    """Add a tile of scores, in base 2, and its values to the softmax so far."""
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    # Where nothing was seen yet the peak is -inf, and its difference from itself would be NaN.
+    top = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - top[:, None])
+    factor = tl.exp2(peak - top)
+    total = total * factor + tl.sum(weights, 1)
+    acc = acc * factor[:, None] + product(weights.to(v.dtype), v, S)
+    return acc, higher, total

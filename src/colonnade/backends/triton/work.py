@@ -1,0 +1,138 @@
+"""How the plan's table is cut into work: one line for each program of a kernel.
+
+Lines are of int32. Work that takes longest comes first, so that none of it is left at the end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from colonnade.plan.table import Plan
+
+
+def gather(plan: Plan) -> Tensor:
+    """Return [heads, slots], the key that fills each slot."""
+    return plan.gather
+
+
+def shift(plan: Plan) -> Tensor:
+    """Return [heads], how many queries of a block come before its first own key."""
+    return plan.shift.int()
+
+
+def pieces(plan: Plan, queries: int) -> Tensor:
+    """Cut rows into pieces of at most that many queries, each a line like a row of the table."""
+    q_begin, q_end, own_begin, own_end, lead, slot_begin, slot_end = plan.table.unbind(1)
+    row, place = _cut(q_end - q_begin, queries)
+    begin = q_begin[row] + place
+    end = torch.minimum(begin + queries, q_end[row])
+    own = own_begin[row], own_end[row], lead[row] + place
+    return _lines(begin, end, *own, slot_begin[row], slot_end[row]).flip(0)
+
+
+def own_tiles(plan: Plan, num_keys: int, keys: int) -> Tensor:
+    """Cut own keys into tiles of one row each.
+
+    A line is (key_begin, key_end, own_begin, lead, q_begin, q_end). The keys before the first own
+    one have tiles without a query: what slots give them has to be written too.
+    """
+    rows = plan.table[plan.table[:, 3] > plan.table[:, 2]]
+    q_begin, q_end, own_begin, own_end, lead, *_ = rows.unbind(1)
+    row, place = _cut(own_end - own_begin, keys)
+    begin = own_begin[row] + place
+    end = torch.minimum(begin + keys, own_end[row])
+    of_rows = _lines(begin, end, own_begin[row], lead[row], q_begin[row], q_end[row])
+    unread = int(own_begin[0]) if len(rows) else num_keys
+    first = torch.arange(0, unread, keys)
+    none = torch.zeros_like(first)
+    before = _lines(first, (first + keys).clamp(max=unread), first, none, none, none)
+    return torch.cat([of_rows, before])
+
+
+class SlotTiles(NamedTuple):
+    """Tiles of slots, each with shares of the queries that see some of it.
+
+    Attributes:
+        tiles: (slot_begin, slot_end, q_begin, q_end, share), one line for each share.
+        seen: [q_len], before which slot those end that each query sees.
+        shares: [slots], the number of shares of each slot.
+        most: The most shares of any slot.
+    """
+
+    tiles: Tensor
+    seen: Tensor
+    shares: Tensor
+    most: int
+
+    def to(self, device: torch.device) -> SlotTiles:
+        """Return these lists on a device."""
+        tiles, seen, shares = (part.to(device) for part in self[:3])
+        return SlotTiles(tiles, seen, shares, self.most)
+
+
+def slot_tiles(plan: Plan, keys: int, queries: int, most: int) -> SlotTiles:
+    """Cut slots into tiles of a sequence, and the queries behind a tile into shares.
+
+    Args:
+        plan: The plan.
+        keys: Most slots of a tile.
+        queries: A share of queries is a multiple of that many.
+        most: Most shares of a slot.
+    """
+    num_slots, rows = plan.gather.shape[1], plan.table
+    seen = rows[:, 6].repeat_interleave(rows[:, 1] - rows[:, 0])
+    rows = rows[rows[:, 6] > rows[:, 5]]
+    if len(rows) == 0:
+        none = torch.zeros(num_slots)
+        return SlotTiles(_lines(*torch.zeros(5, 0)), _lines(seen)[:, 0], _lines(none)[:, 0], 0)
+    q_begin, _, _, _, _, slot_begin, slot_end = rows.unbind(1)
+    # The rows of one sequence have one slot_begin, and their slot_end never goes down.
+    _, sequence, count = slot_begin.unique_consecutive(return_inverse=True, return_counts=True)
+    last = count.cumsum(0) - 1
+    of, place = _cut(slot_end[last] - slot_begin[last], keys)
+    begin = slot_begin[last][of] + place
+    end = torch.minimum(begin + keys, slot_end[last][of])
+    order = num_slots + 1
+    sees = torch.searchsorted(sequence * order + slot_end, of * order + begin, right=True)
+    q_stop = rows[last, 1][of]
+    length = q_stop - q_begin[sees]
+    share = max(-(-int(length.max()) // most), 512)
+    share = -(-share // queries) * queries
+    tile, behind = _cut(length, share)
+    first = q_begin[sees][tile] + behind
+    stop = torch.minimum(first + share, q_stop[tile])
+    lines = _lines(begin[tile], end[tile], first, stop, behind // share)
+    shares = torch.zeros(num_slots, dtype=torch.long)
+    of, place = _cut(end - begin, 1)
+    shares[begin[of] + place] = -(-length // share)[of]
+    return SlotTiles(lines, _lines(seen)[:, 0], _lines(shares)[:, 0], int(shares.max()))
+
+
+def partner(plan: Plan, num_keys: int) -> Tensor:
+    """Return [heads, keys] the slot of each key, or if own keys are slots the key of each; else -1.
+
+    Of columns that were clamped to one key, which no query sees, the first counts.
+    """
+    gather = plan.gather
+    if plan.own_from_slots:
+        again = F.pad(gather[:, 1:] == gather[:, :-1], (1, 0))
+        return gather.masked_fill(again, -1).int()
+    found = torch.full((gather.shape[0], num_keys), -1, dtype=torch.int32)
+    slots = torch.arange(gather.shape[1], dtype=torch.int32)
+    return found.scatter_(1, gather, slots.expand(gather.shape))
+
+
+def _cut(lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Cut each length into parts; return for every part (whose it is, where it begins)."""
+    counts = -(-lengths // most)
+    index = torch.arange(len(lengths)).repeat_interleave(counts)
+    before = F.pad(counts.cumsum(0), (1, 0))[:-1]
+    return index, (torch.arange(len(index)) - before[index]) * most
+
+
+def _lines(*columns: Tensor) -> Tensor:
+    return torch.stack(columns, 1).int()

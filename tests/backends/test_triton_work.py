@@ -1,0 +1,117 @@
+"""The lists of work of backend "triton", against the table that they are cut from. No Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from colonnade import FixedPattern
+from colonnade.backends.triton import work
+from colonnade.backends.triton.configurations import WIDEST, Kernel, configuration, power_of_two
+from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan
+from tests.cases import fixed_patterns
+from tests.packing import cuts
+
+pytestmark = pytest.mark.plain  # Run-time type checks look at random entries while plans are drawn.
+HEADS = 3
+sizes = st.sampled_from((16, 32))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Plan, int]:
+    """Draw a plan and its number of keys: fewer queries, reduced blocks, documents."""
+    pattern: FixedPattern = draw(fixed_patterns(max_stride=20))
+    kv_len = draw(st.integers(0, 90))
+    heads = draw(st.sampled_from(heads_by_plan(pattern, HEADS)))
+    if draw(st.booleans()):
+        return packed_plan(pattern, draw(cuts(kv_len)), heads), kv_len
+    if pattern.causal and pattern.part != "local" and draw(st.booleans()):
+        reduced, rest = draw(st.integers(1, 4)), draw(st.integers(0, 40))
+        kv_len = reduced * pattern.summary + rest
+        return fixed_plan(pattern, draw(st.integers(0, rest)), kv_len, heads, reduced), kv_len
+    return fixed_plan(pattern, draw(st.integers(0, kv_len)), kv_len, heads), kv_len
+
+
+@settings(max_examples=200)
+@given(plan_and_keys=plans(), queries=sizes)
+def test_pieces_are_the_rows(plan_and_keys: tuple[Plan, int], queries: int) -> None:
+    """A piece is a row of a table: together they read what the table reads, the last ones first."""
+    plan, kv_len = plan_and_keys
+    pieces = work.pieces(plan, queries)
+    assert (pieces[:, 1] - pieces[:, 0] <= queries).all()
+    cut = Plan(plan.gather, pieces.flip(0).long(), plan.shift, plan.own_from_slots)
+    assert torch.equal(cut.mask(kv_len), plan.mask(kv_len))
+
+
+@settings(max_examples=200)
+@given(plan_and_keys=plans(), keys=sizes, queries=sizes, most=st.integers(1, 5))
+def test_tiles_of_slots_are_seen_by_their_queries(
+    plan_and_keys: tuple[Plan, int], keys: int, queries: int, most: int
+) -> None:
+    """Each pair of a query and a slot is in one share, and the shares of a slot are 0, 1 …"""
+    plan, _ = plan_and_keys
+    num_slots = plan.gather.shape[1]
+    expected = torch.zeros(int(plan.table[:, 1].max()) if len(plan.table) else 0, num_slots)
+    for q_begin, q_end, *_, slot_begin, slot_end in plan.table.tolist():
+        expected[q_begin:q_end, slot_begin:slot_end] += 1
+    found, shares = torch.zeros_like(expected), [set[int]() for _ in range(num_slots)]
+    lists = work.slot_tiles(plan, keys, queries, most)
+    for slot_begin, slot_end, q_begin, q_end, share in lists.tiles.tolist():
+        assert 0 < slot_end - slot_begin <= keys
+        assert q_begin < q_end
+        slots = torch.arange(slot_begin, slot_end)
+        found[q_begin:q_end, slots] += (slots < lists.seen[q_begin:q_end, None]).float()
+        for slot in slots.tolist():
+            assert share not in shares[slot]
+            shares[slot].add(share)
+    assert torch.equal(found, expected)
+    assert [set(range(n)) for n in lists.shares.tolist()] == shares
+    assert lists.most == max(lists.shares.tolist(), default=0) <= most
+
+
+@settings(max_examples=200)
+@given(plan_and_keys=plans(), keys=sizes)
+def test_tiles_of_own_keys_write_every_key_once(plan_and_keys: tuple[Plan, int], keys: int) -> None:
+    """And what a query reads as an own key is in the tile of its row."""
+    plan, kv_len = plan_and_keys
+    num_keys = plan.gather.shape[1] if plan.own_from_slots else kv_len
+    written = torch.zeros(num_keys)
+    rows = {(row[2], row[0], row[1], row[4]) for row in plan.table.tolist() if row[3] > row[2]}
+    for begin, end, own_begin, lead, q_begin, q_end in work.own_tiles(
+        plan, num_keys, keys
+    ).tolist():
+        assert 0 < end - begin <= keys
+        written[begin:end] += 1
+        assert q_begin == q_end or (own_begin, q_begin, q_end, lead) in rows
+    assert (written == 1).all()
+
+
+@settings(max_examples=100)
+@given(plan_and_keys=plans())
+def test_partners_lead_from_keys_to_slots_and_back(plan_and_keys: tuple[Plan, int]) -> None:
+    """A key is the partner of one slot; only columns that no query sees share one."""
+    plan, kv_len = plan_and_keys
+    partner: Tensor = work.partner(plan, kv_len)
+    for of_head, gather in zip(partner.tolist(), plan.gather.tolist(), strict=True):
+        if plan.own_from_slots:
+            keys = [key for key in of_head if key >= 0]
+            assert sorted(keys) == sorted(set(gather))
+            assert all(key in (gather[slot], -1) for slot, key in enumerate(of_head))
+        else:
+            expected = {key: slot for slot, key in enumerate(gather)}
+            assert of_head == [expected.get(key, -1) for key in range(kv_len)]
+
+
+@given(
+    kernel=st.sampled_from(("forward", "query", "slots", "own")),
+    width=st.integers(1, WIDEST),
+    longest=st.integers(1, 300),
+)
+def test_a_tile_is_no_larger_than_a_row_needs(kernel: Kernel, width: int, longest: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = configuration(kernel, dtype, width, longest)
+        assert 16 <= found.queries <= power_of_two(longest)
+        assert found.queries & (found.queries - 1) == found.keys & (found.keys - 1) == 0
