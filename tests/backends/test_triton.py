@@ -82,7 +82,7 @@ def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("part", ["merged", "local", "summary"])
 def test_packed_documents(part: Any) -> None:
-    """Of many lengths, empty ones among them; nothing crosses a boundary, NaN neither."""
+    """Some of them are empty. Nothing crosses a boundary, not even NaN."""
     lengths = (0, 9, 1, 0, 23, 8)
     case = packed_case(Case(FixedPattern(8, 3, part=part), 1, 2, 1, 9, 9, 8, 8, 0.4), lengths)
     inputs = case.inputs(torch.float32)

@@ -428,7 +428,7 @@ def _fail(*_: Any) -> None:
 
 
 def test_a_crop_to_the_beginning_of_a_later_document_is_refused() -> None:
-    """What was before it is gone, so the earlier document cannot go on."""
+    """The entries before it are gone, so the earlier document could not continue."""
     model, ids = retrofit(dense_model("llama"), 8, 2), prompts(1, 25)
     cache = FixedCache(model.config)
     model(ids[:, :10], past_key_values=cache)

@@ -501,7 +501,7 @@ def test_generation_goes_on_with_the_last_of_several_documents(family: str, make
 @each_model
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_mask_that_was_made_ahead_says_no_less(family: str, packed: bool) -> None:
-    """What the call says of documents is read with it."""
+    """The documents of the call are found as they are beside an ordinary mask."""
     model, ids = _model(family), prompts(2, TOTAL)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0

@@ -2,15 +2,16 @@
 
 An operation makes the plan and launches kernels, one forward and three backward:
 
-    work.py            how the table is cut: a line for each program
+    work.py            lists of work from the table, a line for each program
     configurations.py  sizes of tiles
     launch.py          from tensors and a plan to launches
     tiles.py           what a kernel is handed, and what it does with a tile
     forward.py         slots, then own keys, in one online softmax
     backward.py        gradients without atomics: the same bits in every run
 
-Whatever Triton drives is taken. With TRITON_INTERPRET=1 set before the start, Triton interprets the
-kernels on the CPU: slow, and exact, so that they can be tested without a GPU.
+It takes CUDA and XPU devices (PyTorch calls those of ROCm CUDA too). With TRITON_INTERPRET=1 set
+before the start, Triton interprets the kernels on the CPU: slow, and exact, so that they can be
+tested without a GPU.
 """
 
 from __future__ import annotations

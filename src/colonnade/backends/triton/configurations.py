@@ -1,4 +1,4 @@
-"""How large the tiles of each kernel are, and how many warps work on one.
+"""The tile sizes of each kernel, and the number of warps that work on a tile.
 
 A tile that is too large for the registers of a processor spills them to memory, which costs more
 than a larger tile saves.

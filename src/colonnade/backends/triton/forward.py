@@ -14,6 +14,7 @@ from colonnade.backends.triton.tiles import (
     load_whole,
     of_head,
     of_query_head,
+    piece_of_program,
     product,
     sees,
     store,
@@ -45,23 +46,15 @@ def attend_pieces(
     [batch, heads, positions, …]. `pieces` is `work.pieces`, `shift` that of the plan. The scale has
     a factor log2(e), for exponentials in base 2.
     """
-    piece = pieces + tl.program_id(0) % num_pieces * 7
-    q_begin = tl.load(piece)
-    q_end = tl.load(piece + 1)
-    own_begin = tl.load(piece + 2)
-    own_end = tl.load(piece + 3)
-    lead = tl.load(piece + 4)
-    slot_begin = tl.load(piece + 5)
-    slot_end = tl.load(piece + 6)
-    number = tl.program_id(0) // num_pieces
-    member = number % S.group
-    head = number // S.group % heads
-    batch = number // S.group // heads
+    piece = piece_of_program(pieces, shift, num_pieces, heads, S)
+    batch, head, member = piece.batch, piece.head, piece.member
+    slot_begin, slot_end = piece.slot_begin, piece.slot_end
+    own_begin, own_end = piece.own_begin, piece.own_end
 
     r = tl.arange(0, S.queries)
     n = tl.arange(0, S.keys)
-    row = q_begin + r
-    is_row = row < q_end
+    row = piece.q_begin + r
+    is_row = row < piece.q_end
     q = load(of_query_head(query, batch, head, member), row, is_row, S.qk_dim, S.qk_width)
     peak = tl.full([S.queries], float("-inf"), tl.float32)
     total = tl.zeros([S.queries], tl.float32)
@@ -85,14 +78,11 @@ def attend_pieces(
 
     keys = of_head(key, batch, head)
     values = of_head(value, batch, head)
-    # Query r of the piece sees own keys before r + first.
-    first = lead + 1 - tl.load(shift + head)
-    seen_by_last = tl.maximum(q_end - q_begin - 1 + first, 0)
-    for at in tl.range(own_begin, tl.minimum(own_begin + seen_by_last, own_end), S.keys):
+    for at in tl.range(own_begin, piece.own_stop, S.keys):
         k = load(keys, at + n, at + n < own_end, S.qk_dim, S.qk_width)
         v = load(values, at + n, at + n < own_end, S.v_dim, S.v_width)
         scores = product(q, tl.trans(k), S) * scale_log2
-        seen = sees(r, first, at - own_begin + n, own_end - own_begin)
+        seen = sees(r, piece.first, at - own_begin + n, own_end - own_begin)
         scores = tl.where(seen, scores, float("-inf"))
         acc, peak, total = _add(acc, peak, total, scores, v, S)
 

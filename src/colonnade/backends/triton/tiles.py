@@ -1,4 +1,4 @@
-"""What a kernel is handed, and what all of them do with tiles of it.
+"""The arguments that kernels take, and the operations on tiles that they share.
 
 Offsets are of 64 bits, for a tensor may have more than 2³¹ elements. Functions marked with
 `triton.jit` run inside of a kernel.
@@ -20,7 +20,7 @@ class Array(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled with."""
 
     group: int
     """Query heads of each key head."""
@@ -34,9 +34,54 @@ class Shape(NamedTuple):
     keys: int
     """Keys or slots of a tile."""
     precision: str
-    """How float32 is multiplied: "ieee" or "tf32"."""
+    """Precision of products in float32: "ieee" or "tf32"."""
     lift: bool
     """Convert operands to float32 first: Triton's interpreter multiplies bits of bfloat16."""
+
+
+class Piece(NamedTuple):
+    """One piece of a row of the table, and the head that a program computes it for."""
+
+    q_begin: Any
+    q_end: Any
+    own_begin: Any
+    own_end: Any
+    slot_begin: Any
+    slot_end: Any
+    first: Any
+    """Query r of the piece sees own keys before r + first."""
+    own_stop: Any
+    """Where the own keys end that any query of the piece sees."""
+    batch: Any
+    head: Any
+    member: Any
+
+
+@triton.jit
+def piece_of_program(pieces, shift, num_pieces, heads, S: tl.constexpr):
+    """Return the piece of this program; `pieces` is `work.pieces`, `shift` that of the plan."""
+    piece = pieces + tl.program_id(0) % num_pieces * 7
+    number = tl.program_id(0) // num_pieces
+    head = number // S.group % heads
+    q_begin = tl.load(piece)
+    q_end = tl.load(piece + 1)
+    own_begin = tl.load(piece + 2)
+    own_end = tl.load(piece + 3)
+    first = tl.load(piece + 4) + 1 - tl.load(shift + head)
+    seen_by_last = tl.maximum(q_end - q_begin - 1 + first, 0)
+    return Piece(
+        q_begin,
+        q_end,
+        own_begin,
+        own_end,
+        tl.load(piece + 5),
+        tl.load(piece + 6),
+        first,
+        tl.minimum(own_begin + seen_by_last, own_end),
+        number // S.group // heads,
+        head,
+        number % S.group,
+    )
 
 
 @triton.jit

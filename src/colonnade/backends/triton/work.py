@@ -1,4 +1,4 @@
-"""How the plan's table is cut into work: one line for each program of a kernel.
+"""The plan's table as lists of work, with one line for each program of a kernel.
 
 Lines are of int32. Work that takes longest comes first, so that none of it is left at the end.
 """
