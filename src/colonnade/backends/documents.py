@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.tracing.memo import for_every_call, remembered
+from colonnade.backends.tracing.memo import for_every_call, on_device, remembered
 from colonnade.backends.tracing.operation import contents, rows_of
 from colonnade.shapes import CuSeqlens
 
@@ -123,4 +123,4 @@ def _batches(documents: Documents, device: torch.device) -> tuple[list[Tensor], 
             for length, of_length in begins.items()
         ]
         back = torch.cat([index.flatten() for index in batches]).argsort()
-        return [index.to(device) for index in batches], back.to(device)
+        return [on_device(index, device) for index in batches], on_device(back, device)

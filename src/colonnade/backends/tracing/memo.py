@@ -19,6 +19,17 @@ KEPT = 8
 """Results that each function keeps: those of the layers of one step, or of a few in turn."""
 
 
+PINNED = ("cuda", "xpu")
+"""Devices to which a copy out of pinned memory goes on by itself."""
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, without waiting for the device where that can be."""
+    if tensor.device.type != "cpu" or device.type not in PINNED:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @contextmanager
 def for_every_call() -> Iterator[None]:
     """Make tensors that serve every other call, whatever the call that makes them is under.
