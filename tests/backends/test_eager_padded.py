@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from colonnade import FixedPattern, KVCache
-from colonnade.backends.eager import fixed, padded
+from colonnade.backends.eager import fixed, layout, padded
 from colonnade.backends.eager.layout import PADDING, Layout, layout_of
 from colonnade.backends.eager.padded import PaddedRows
+from colonnade.backends.eager.stacked import StackedRows
+from colonnade.pattern import Part
 from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan, table_rows
 from tests.cases import (
     EXAMPLES,
+    PARTS,
     Case,
+    Inputs,
     Results,
     attend,
     attend_by_loops,
@@ -29,43 +33,64 @@ from tests.cases import (
     fixed_patterns,
     output,
 )
-from tests.packing import check_documents, cu_seqlens_of, cuts, packed, packed_case
+from tests.packing import (
+    attend_packed,
+    check_documents,
+    cu_seqlens_of,
+    cuts,
+    documents,
+    packed,
+    packed_case,
+)
 from tests.rounding import check, check_half_the_digits
 
 FIXED = {name: pattern for name, pattern in EXAMPLES.items() if isinstance(pattern, FixedPattern)}
 each_fixed_pattern = pytest.mark.parametrize("pattern", FIXED.values(), ids=FIXED.keys())
-ROWS = {"padded": PaddedRows, "stacked": fixed.StackedRows}
-memories = st.sampled_from((1, 2_000, padded.MOST_ENTRIES))
-"""Bounds on a tile: each row alone, a few rows, and what devices have."""
+ROWS = {"padded": PaddedRows, "stacked": StackedRows}
+
+
+class Bounds(NamedTuple):
+    """Bounds on a tile."""
+
+    entries: int = padded.MOST_ENTRIES
+    padding: float = PADDING
+
+
+DEVICE = Bounds()
+each_bounds = st.sampled_from((Bounds(1), Bounds(2_000), DEVICE, Bounds(padding=9.0)))
+"""Each row alone, a few rows, what devices have, and rows that are hardly alike."""
 
 
 @contextmanager
-def _on_a_device(most: int = padded.MOST_ENTRIES, rows: str = "padded") -> Iterator[None]:
+def _on_a_device(bounds: Bounds = DEVICE, rows: str = "padded") -> Iterator[None]:
     """Let CPUs take the tiles of other devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fixed, "StackedRows", ROWS[rows])
-        patch.setattr(padded, "MOST_ENTRIES", most)
+        patch.setattr(padded, "MOST_ENTRIES", bounds.entries)
+        patch.setattr(layout, "PADDING", bounds.padding)
+        layout_of.cache_clear()
         yield
+    layout_of.cache_clear()
 
 
-def _attend(case: Case, dtype: torch.dtype = torch.float64, most: int = 2**26) -> Results:
-    with _on_a_device(most):
+def _attend(case: Case, dtype: torch.dtype = torch.float64, bounds: Bounds = DEVICE) -> Results:
+    with _on_a_device(bounds):
         return attend(case, case.inputs(dtype), "eager")
 
 
 @settings(max_examples=150)
-@given(case=cases(pattern=fixed_patterns()), most=memories)
-def test_padded_rows_equal_the_definition(case: Case, most: int) -> None:
+@given(case=cases(pattern=fixed_patterns()), bounds=each_bounds)
+def test_padded_rows_equal_the_definition(case: Case, bounds: Bounds) -> None:
     """Every part, both directions, sub-blocks, grouped heads and fewer queries than keys."""
     inputs = case.inputs()
-    check(case, inputs, _attend(case, most=most), attend_by_products(case, inputs))
+    check(case, inputs, _attend(case, bounds=bounds), attend_by_products(case, inputs))
 
 
 @settings(max_examples=80)
-@given(case=cases(160, fixed_patterns(40)), most=memories)
-def test_many_blocks(case: Case, most: int) -> None:
+@given(case=cases(160, fixed_patterns(40)), bounds=each_bounds)
+def test_many_blocks(case: Case, bounds: Bounds) -> None:
     inputs = case.inputs()
-    check(case, inputs, _attend(case, most=most), attend_by_products(case, inputs))
+    check(case, inputs, _attend(case, bounds=bounds), attend_by_products(case, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -80,12 +105,12 @@ def test_other_types(dtype: torch.dtype, case: Case) -> None:
     pattern=fixed_patterns(),
     lengths=st.integers(0, 40).flatmap(cuts),
     kv_heads=st.integers(1, 3),
-    most=memories,
+    bounds=each_bounds,
 )
 def test_packed_documents(
-    pattern: FixedPattern, lengths: tuple[int, ...], kv_heads: int, most: int
+    pattern: FixedPattern, lengths: tuple[int, ...], kv_heads: int, bounds: Bounds
 ) -> None:
-    with _on_a_device(most):
+    with _on_a_device(bounds):
         check_documents(Case(pattern, kv_heads=kv_heads), lengths, "eager")
 
 
@@ -102,20 +127,20 @@ def test_few_queries_or_none(batch: int, q_len: int, kv_len: int, pattern: Fixed
 
 
 @pytest.mark.parametrize("chunks", [[7, 13, 1, 9], [30]], ids=str)
-@pytest.mark.parametrize("part", ["merged", "summary", "local"])
-def test_what_a_cache_keeps(part: str, chunks: list[int]) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_what_a_cache_keeps(part: Part, chunks: list[int]) -> None:
     """Blocks of which the summaries alone are left, and queries that start in mid-block."""
-    pattern = FixedPattern(4, 1, 2, part=part)  # type: ignore[arg-type]
+    pattern = FixedPattern(4, 1, 2, part)
     case = Case(pattern, q_len=sum(chunks), kv_len=sum(chunks))
     query, key, value = case.inputs()[:3]
     cache = KVCache(pattern, backend="eager")
     with _on_a_device():
         outs = [
-            cache.attend(*new, scale=case.scale)
-            for new in zip(*(t.split(chunks, 2) for t in (query, key, value)), strict=True)
+            cache.attend(q, k, v, case.scale)
+            for q, k, v in zip(*(t.split(chunks, 2) for t in (query, key, value)), strict=True)
         ]
     expected = attend_by_loops(case, case.inputs()).out
-    check_half_the_digits(torch.cat([out for out in outs if isinstance(out, Tensor)], 2), expected)
+    check_half_the_digits(torch.cat(outs, 2), expected)
 
 
 @each_fixed_pattern
@@ -127,7 +152,7 @@ def test_dropout_repeats_itself_in_the_backward(pattern: FixedPattern) -> None:
     outs = []
     for p in (0.4, 0.4, 0.0):
         torch.manual_seed(1)
-        with _on_a_device(2_000):
+        with _on_a_device(Bounds(2_000)):
             out, _ = packed(query, key, value, cu_seqlens_of(lengths), pattern, dropout_p=p)
             weight = torch.ones_like(out)
             (grad,) = torch.autograd.grad((out * weight).sum(), value)
@@ -156,11 +181,11 @@ def _reached(case: Case, head: int, queries: Tensor) -> tuple[Tensor, Tensor]:
 @given(
     case=cases(40, fixed_patterns()),
     bad=st.sampled_from((math.nan, math.inf, -math.inf)),
-    most=memories,
+    bounds=each_bounds,
     data=st.data(),
 )
 def test_bad_numbers_reach_readers_and_their_blocks_only(
-    rows: str, of: str, case: Case, bad: float, most: int, data: st.DataObject
+    rows: str, of: str, case: Case, bad: float, bounds: Bounds, data: st.DataObject
 ) -> None:
     """Forward and backward; everything else has the same bits as with good numbers."""
     inputs = case.inputs()
@@ -174,7 +199,7 @@ def test_bad_numbers_reach_readers_and_their_blocks_only(
         i = data.draw(st.integers(0, case.q_len - 1), label="query")
         tensor[0, case.queries_of(head).start, i] = bad
         queries = torch.arange(case.q_len) == i
-    with _on_a_device(most, rows):
+    with _on_a_device(bounds, rows):
         before = attend(case, inputs, "eager")
         after = attend(case, inputs._replace(**{of: tensor}), "eager")
     of_blocks, keys = _reached(case, head, queries)
@@ -189,33 +214,68 @@ def test_bad_numbers_reach_readers_and_their_blocks_only(
         assert torch.equal(found[same], expected[same]), name
 
 
-def _layouts(plan: Plan, most: int = 2**26) -> Layout:
+@settings(max_examples=120)
+@given(
+    pattern=fixed_patterns(),
+    lengths=st.integers(1, 40).flatmap(cuts),
+    bounds=each_bounds,
+    which=st.integers(0, 5),
+)
+# The second document's last block has no own keys, and shares a tile with some that have one.
+@example(FixedPattern(6, 3, subblocks=2, causal=False), (10, 9, 10), DEVICE, 0)
+def test_bad_numbers_stay_in_their_document(
+    pattern: FixedPattern, lengths: tuple[int, ...], bounds: Bounds, which: int
+) -> None:
+    """Whatever a row is padded with, it is nothing of another document."""
+    case = packed_case(Case(pattern), lengths)
+    inputs = case.inputs()
+    where = list(documents(case, lengths))
+    bad = where[which % len(where)][0]
+    spoilt = Inputs(*[t.clone() for t in inputs])
+    for tensor in spoilt:
+        tensor[:, :, bad] = math.nan
+    with _on_a_device(bounds):
+        before, after = (
+            attend_packed(case, each, cu_seqlens_of(lengths), "eager") for each in (inputs, spoilt)
+        )
+    for part, _ in where:
+        if part != bad:
+            assert all(map(torch.equal, after.part(part), before.part(part)))
+
+
+def _layout(plan: Plan, most: int = 2**26) -> Layout:
     """Return the layout for one head of width 64."""
     return layout_of(plan, torch.device("cpu"), 1, 128, most)
 
 
-def _check_layout(plan: Plan, layout: Layout) -> None:
+def _check_layout(plan: Plan, found: Layout) -> None:
     """Assert that each row with a key is in one tile, and that there is little padding."""
     table = plan.table
     with_keys = (table[:, 3] > table[:, 2]) | (table[:, 6] > table[:, 5])
-    ends = [shape.row_end for shape in layout.shapes]
-    assert [shape.row_begin for shape in layout.shapes] == [0, *ends][: len(ends)]
+    ends = [shape.row_end for shape in found.shapes]
+    assert [shape.row_begin for shape in found.shapes] == [0, *ends][: len(ends)]
     assert max(ends, default=0) == with_keys.sum()
-    for shape in layout.shapes:
-        slots = layout.slots[shape.row_begin : shape.row_end]
+    for shape in found.shapes:
+        slots = found.slots[shape.row_begin : shape.row_end]
         assert (slots.min(), slots.max()) == (shape.fewest_slots, shape.slots)
         padded_keys = len(slots) * (shape.slots + shape.own_keys)
         assert padded_keys <= (1 + PADDING) * (slots + shape.own_keys).sum()
     rows = table_rows(table)
-    laid_out = sum((s.row_end - s.row_begin) * s.queries for s in layout.shapes)
+    laid_out = sum((s.row_end - s.row_begin) * s.queries for s in found.shapes)
     assert laid_out < 2 * max(sum(row.q_end - row.q_begin for row in rows), 1)
 
 
-@given(pattern=fixed_patterns(40), lengths=st.integers(0, 300).flatmap(cuts), most=memories)
-def test_each_row_is_in_one_tile(pattern: FixedPattern, lengths: Sequence[int], most: int) -> None:
+@given(
+    pattern=fixed_patterns(40),
+    lengths=st.integers(0, 300).flatmap(cuts),
+    most=st.sampled_from((1, 20_000, 2**26)),
+)
+def test_each_row_is_in_one_tile(
+    pattern: FixedPattern, lengths: tuple[int, ...], most: int
+) -> None:
     for heads in heads_by_plan(pattern, 3):
         plan = packed_plan(pattern, lengths, heads)
-        _check_layout(plan, _layouts(plan, most))
+        _check_layout(plan, _layout(plan, most))
 
 
 @pytest.mark.parametrize(
@@ -224,29 +284,29 @@ def test_each_row_is_in_one_tile(pattern: FixedPattern, lengths: Sequence[int], 
 def test_the_number_of_tiles_hardly_grows(seq_len: int, most: int) -> None:
     """Up to 1,025 blocks, which were a tile each. The last block of 131,200 is another half."""
     plan = fixed_plan(FixedPattern(128, 8), seq_len, seq_len, [0])
-    layout = _layouts(plan)
-    _check_layout(plan, layout)
-    print(f"{len(layout.shapes)} tiles for {len(plan.table)} rows")
-    assert len(layout.shapes) <= most
+    found = _layout(plan)
+    _check_layout(plan, found)
+    print(f"{len(found.shapes)} tiles for {len(plan.table)} rows")
+    assert len(found.shapes) <= most
 
 
 def test_documents_of_all_lengths_share_tiles() -> None:
     """1,500 documents of up to 2,048 tokens: last blocks are of every length, with any slots."""
     lengths = torch.randint(1, 2_049, (1_500,), generator=torch.Generator().manual_seed(0))
     plan = packed_plan(FixedPattern(128, 8), lengths, [0])
-    layout = _layouts(plan)
-    _check_layout(plan, layout)
-    print(f"{len(layout.shapes)} tiles for {len(plan.table)} rows")
-    assert len(layout.shapes) <= 100 < len(plan.table) / 100
+    found = _layout(plan)
+    _check_layout(plan, found)
+    print(f"{len(found.shapes)} tiles for {len(plan.table)} rows")
+    assert len(found.shapes) <= 100 < len(plan.table) / 100
 
 
 def test_queries_that_lie_in_the_order_of_tiles_are_not_copied() -> None:
-    case = Case(FixedPattern(4, 1), q_len=13, kv_len=13)
-    plan = fixed_plan(case.pattern, 13, 13, [0, 1])  # type: ignore[arg-type]
-    inputs = case.inputs()
+    pattern = FixedPattern(4, 1)
+    inputs = Case(pattern, q_len=13, kv_len=13).inputs()
+    plan = fixed_plan(pattern, 13, 13, [0, 1])
     rows = PaddedRows(plan, *inputs[:3])
     assert rows.lay_out(inputs.query) is inputs.query
-    plan = fixed_plan(case.pattern, 11, 13, [0, 1])  # type: ignore[arg-type]
+    plan = fixed_plan(pattern, 11, 13, [0, 1])
     query = inputs.query[:, :, 2:]
     rows = PaddedRows(plan, query, *inputs[1:3])
     laid_out = rows.lay_out(query)
@@ -257,5 +317,5 @@ def test_queries_that_lie_in_the_order_of_tiles_are_not_copied() -> None:
 def test_cpus_take_tiles_of_equal_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, the tests of CPUs would pass if they took the padded ones."""
     monkeypatch.setattr(fixed, "PaddedRows", None)
-    case = replace(Case(), q_len=9)
+    case = Case()
     output(*case.inputs()[:3], case.pattern, "eager")

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.tracing.memo import remembered
+from colonnade.backends.tracing.memo import on_device, remembered
 from colonnade.backends.tracing.operation import may_decide
 from colonnade.shapes import CuSeqlens, Positions
 
@@ -89,7 +89,7 @@ def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"], device: torch.device
     if may_decide(padding_mask):
         cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
         index = padding_mask.flatten().nonzero()[:, 0]
-        return Packing(batch, seq_len, index.to(device), cu_seqlens)
+        return Packing(batch, seq_len, on_device(index, device), cu_seqlens)
     return _of_unknown(padding_mask.to(device), padding_mask.to(device).cumsum(1) == 1)
 
 

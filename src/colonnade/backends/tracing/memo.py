@@ -25,7 +25,8 @@ PINNED = ("cuda", "xpu")
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device, without waiting for the device where that can be."""
-    if tensor.device.type != "cpu" or device.type not in PINNED:
+    pins = tensor.device.type == "cpu" and device.type in PINNED
+    if not pins or torch.compiler.is_compiling():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
