@@ -179,6 +179,28 @@ def test_a_cache_does_not_wait(pattern: Pattern) -> None:
             cache.attend(query[:, :, :1], key[:, :, :1], key[:, :, :1])
 
 
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("xpu", True), ("mps", False)])
+def test_a_copy_to_a_gpu_is_not_waited_for(
+    device: str, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a copy out of pinned memory goes on by itself."""
+    calls: list[object] = []
+
+    def to(tensor: Tensor, *arguments: object, **options: object) -> Tensor:
+        calls.append((*arguments, options))
+        return tensor
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        calls.append("pinned")
+        return tensor
+
+    monkeypatch.setattr(Tensor, "to", to)
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    memo.on_device(torch.arange(3), torch.device(device))
+    options = {"non_blocking": True} if pinned else {}
+    assert calls == ["pinned"] * pinned + [(torch.device(device), options)]
+
+
 def test_the_mode_sees_what_it_forbids() -> None:
     """Reading a number, a size that depends on numbers, and an index of the CPU.
 
