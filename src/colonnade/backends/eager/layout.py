@@ -19,7 +19,7 @@ from colonnade.plan.table import Plan, Row, table_rows
 from colonnade.shapes import Positions, Shift, Table
 
 PADDING = 1 / 8
-"""How much padding a tile may have among its keys, as a share of those that its rows have."""
+"""How much padding of slots a tile may have, as a share of its other keys."""
 
 
 class Shape(NamedTuple):
