@@ -20,7 +20,7 @@ from colonnade import (
     StridedPattern,
 )
 from colonnade.backends import eager
-from colonnade.backends.eager import fixed, full
+from colonnade.backends.eager import full, stacked
 from tests.cases import (
     Case,
     Inputs,
@@ -74,7 +74,7 @@ def test_the_size_of_eagers_tiles_does_not_matter(case: Case, tile: int, scores:
     inputs = case.inputs()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "FULL_TILE", tile)
-        patch.setattr(fixed, "STACKED_SCORES", scores)
+        patch.setattr(stacked, "STACKED_SCORES", scores)
         found = attend(case, inputs, "eager")
     check(case, inputs, found, attend_by_products(case, inputs))
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
 from colonnade.pattern import HasMask
@@ -78,19 +77,22 @@ class Call(NamedTuple):
     """The keys that there are."""
 
 
-def only_heads(tensor: Tensor, kv_heads: Sequence[int], num_kv_heads: int) -> Tensor:
+def only_heads(tensor: Tensor, kv_heads: range, num_kv_heads: int) -> Tensor:
     """Take some key heads of [batch, heads, …], or their groups of query heads."""
     if len(kv_heads) == num_kv_heads:
         return tensor
-    index = torch.tensor(kv_heads, device=tensor.device)
     grouped: Tensor = tensor.unflatten(1, (num_kv_heads, -1))
-    return grouped.index_select(1, index).flatten(1, 2)
+    return grouped[:, kv_heads.start : kv_heads.stop : kv_heads.step].contiguous().flatten(1, 2)
 
 
-def in_order(parts: Sequence[Tensor], kv_heads: Sequence[Sequence[int]]) -> Tensor:
+def in_order(parts: Sequence[Tensor], kv_heads: Sequence[range]) -> Tensor:
     """Put together again what `only_heads` took apart."""
     if len(parts) == 1:
         return parts[0]
     grouped = [t.unflatten(1, (len(h), -1)) for t, h in zip(parts, kv_heads, strict=True)]
-    order = torch.tensor([head for heads in kv_heads for head in heads], device="cpu").argsort()
-    return torch.cat(grouped, 1).index_select(1, order.to(parts[0].device)).flatten(1, 2)
+    shape = grouped[0].shape
+    together = grouped[0].new_empty(shape[0], sum(map(len, kv_heads)), *shape[2:])
+    for heads, part in zip(kv_heads, grouped, strict=True):
+        together[:, heads.start : heads.stop : heads.step] = part
+    by_head: Tensor = together.flatten(1, 2)
+    return by_head

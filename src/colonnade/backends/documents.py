@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.tracing.memo import for_every_call, remembered
+from colonnade.backends.tracing.device import kept_on_device
+from colonnade.backends.tracing.memo import remembered
 from colonnade.backends.tracing.operation import contents, rows_of
 from colonnade.shapes import CuSeqlens
 
@@ -101,7 +101,8 @@ def by_documents(
     """
     if cu_seqlens is None:
         return attend(*tensors)
-    batches, back = _batches(documents_of(cu_seqlens, tensors[0].shape[2]), tensors[0].device)
+    documents = documents_of(cu_seqlens, tensors[0].shape[2])
+    batches, back = kept_on_device(tensors[0].device, _batches, documents)
     found = []
     for index in batches:
         results = attend(*(t[0][:, index].transpose(0, 1) for t in tensors))
@@ -109,18 +110,15 @@ def by_documents(
     return tuple(torch.cat(parts, 1)[:, back][None] for parts in zip(*found, strict=True))
 
 
-@functools.lru_cache(maxsize=8)
-def _batches(documents: Documents, device: torch.device) -> tuple[list[Tensor], Tensor]:
+def _batches(documents: Documents) -> tuple[list[Tensor], Tensor]:
     """[documents, length] positions for each length, and the order that undoes this sorting."""
     begins: dict[int, list[int]] = {}
     begin = 0
     for length in documents.lengths.tolist() or [0]:
         begins.setdefault(length, []).append(begin)
         begin += length
-    with for_every_call(), torch.device("cpu"):
-        batches = [
-            torch.tensor(of_length)[:, None] + torch.arange(length)
-            for length, of_length in begins.items()
-        ]
-        back = torch.cat([index.flatten() for index in batches]).argsort()
-        return [index.to(device) for index in batches], back.to(device)
+    batches = [
+        torch.tensor(of_length)[:, None] + torch.arange(length)
+        for length, of_length in begins.items()
+    ]
+    return batches, torch.cat([index.flatten() for index in batches]).argsort()

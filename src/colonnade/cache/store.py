@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from colonnade.backends.tracing.device import on_device
 from colonnade.ops.heads import HeadGroup
 from colonnade.pattern import FixedPattern, Pattern
 from colonnade.plan.kept import (
@@ -151,7 +152,7 @@ class Store:
         """Keep some batch rows, in their order."""
         with torch.inference_mode(False):  # Written to later, in whatever mode.
             self.buffers = KeysAndValues(
-                *(t.index_select(0, index.clone().to(t.device)) for t in self.buffers)
+                *(t.index_select(0, on_device(index.clone(), t.device)) for t in self.buffers)
             )
         self.rows = [self.rows[row] for row in rows]
 
@@ -163,7 +164,8 @@ class Store:
     def _moved(self, entries: Tensor, group: RowGroup, begin: int) -> Tensor:
         """The entries that stay of the tails of some batch rows that will begin at `begin`."""
         first = num_slots(self.pattern, group.begin)
-        index = new_slots(self.pattern, group.begin, begin, entries.shape[1]).to(entries.device)
+        index = new_slots(self.pattern, group.begin, begin, entries.shape[1])
+        index = on_device(index, entries.device)
         index = index[None, :, :, None].expand(entries.shape[0], -1, -1, entries.shape[3])
         tail = entries[:, :, first : group.width]
         return torch.cat([tail.gather(2, index), tail[:, :, begin - group.begin :]], 2)
@@ -252,7 +254,7 @@ def _in_order(parts: list[Tensor], groups: list[RowGroup]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor([row for group in groups for row in group.rows], device="cpu").argsort()
-    return torch.cat(parts).index_select(0, order.to(parts[0].device))
+    return torch.cat(parts).index_select(0, on_device(order, parts[0].device))
 
 
 def pad(tensor: Tensor, width: int) -> Tensor:

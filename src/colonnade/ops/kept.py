@@ -15,6 +15,7 @@ from torch import Tensor
 
 from colonnade.backends.call import Call, Kept, Seen
 from colonnade.backends.choice import run
+from colonnade.backends.tracing.device import on_device
 from colonnade.ops.heads import HeadGroup, join_heads
 from colonnade.pattern import Pattern
 from colonnade.plan.kept import RowGroup, last_reads
@@ -90,7 +91,7 @@ def _attend_heads(
         return run(query, key, value, call, backend)
     if is_token is None:
         is_token = torch.ones(query.shape[0], q_len, dtype=torch.bool, device="cpu")
-    is_token = is_token.to(query.device)
+    is_token = on_device(is_token, query.device)
     if q_len == 1:
         mask = _last_mask(kept, query.shape[0], key) & is_token[:, None, None]
         call = call._replace(pattern=kept.heads.pattern, keys=Seen(mask))
@@ -145,7 +146,7 @@ def _last_mask(kept: KeptHeads, batch: int, key: Key) -> Bool[Tensor, "batch kv_
         )
     )
     mask = last_reads(kept.heads.pattern, ends, begins, key.shape[2], key.shape[1])
-    return mask.to(key.device)[:, :, None]
+    return on_device(mask, key.device)[:, :, None]
 
 
 def mask_of_positions(

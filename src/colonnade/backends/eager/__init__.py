@@ -1,6 +1,10 @@
 """Backend "eager": every pattern in plain PyTorch, on any device, in any floating type and width.
 
     fixed.py     fixed patterns: the plan's rows, tile by tile
+    rows.py      what that needs of tiles
+    stacked.py   tiles of equal rows, for CPUs
+    padded.py    tiles of similar rows, padded, for other devices
+    layout.py    which rows are padded together, and where they read and write
     windowed.py  strided and local patterns: windows and columns
     full.py      full patterns, in PyTorch's own kernel where that keeps the contract
     seen.py      queries that read all keys, or marked ones: a decoder's token, static caches

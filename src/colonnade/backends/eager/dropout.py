@@ -22,11 +22,16 @@ class Dropout:
         if seed is not None:
             self.generator = torch.Generator(device).manual_seed(int(seed))
 
-    def factors(self, weights: Tensor) -> Tensor | float:
-        """For the next weights, in their shape and type."""
+    def factors(self, weights: Tensor) -> Tensor | float | None:
+        """For the next weights, in their shape and type; None where nothing is dropped."""
         if self.p == 0:
-            return 1.0
+            return None
         if self.p == 1:
             return 0.0
         kept = torch.empty_like(weights).bernoulli_(1 - self.p, generator=self.generator)
         return kept.div_(1 - self.p)
+
+
+def multiply_(weights: Tensor, factors: Tensor | float | None) -> Tensor:
+    """Multiply by `Dropout.factors` in place."""
+    return weights if factors is None else weights.mul_(factors)

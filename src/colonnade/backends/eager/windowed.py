@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Packed
 from colonnade.backends.documents import by_documents, lengths_to_count
-from colonnade.backends.eager.dropout import Dropout, draw_seeds
+from colonnade.backends.eager.dropout import Dropout, draw_seeds, multiply_
 from colonnade.backends.tracing.flops import Sizes
 from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import LocalPattern, Part, StridedPattern
@@ -224,7 +224,7 @@ def _forward(
         scores = laid.scores()
         lse = scores.logsumexp(-1, keepdim=True)
         weights = scores.sub_(lse).exp_()
-        weights *= dropout.factors(weights)
+        multiply_(weights, dropout.factors(weights))
         outs = [region.weigh(own, laid.v) for region, own in laid.split(weights)]
         # A value that is not finite reaches its readers, and nobody else as 0 · NaN.
         out = sum(outs[1:], outs[0]).masked_fill_(laid.reached, math.nan)
@@ -259,13 +259,13 @@ def _backward(
         weights = laid.scores().sub_(laid.queries(lse[..., None])).exp_()
         kept = dropout.factors(weights)
         d_weights = torch.cat([region.products(d_out, laid.v) for region in laid.regions], -1)
-        d_weights *= kept
+        multiply_(d_weights, kept)
         delta = (weights * d_weights).sum(-1, keepdim=True) - laid.queries(grad_lse[..., None])
         d_scores = d_weights.sub_(delta).mul_(weights)
         d_query = [region.weigh(own, laid.k) for region, own in laid.split(d_scores)]
         d_key, d_value = (t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in (laid.k, laid.v))
         for (region, own_scores), (_, own_weights) in zip(
-            laid.split(d_scores), laid.split(weights.mul_(kept)), strict=True
+            laid.split(d_scores), laid.split(multiply_(weights, kept)), strict=True
         ):
             region.spread(own_scores, laid.q, d_key)
             region.spread(own_weights, d_out, d_value)

@@ -22,10 +22,15 @@ KEPT = 128
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to a device; the host does not wait until the device gets there."""
-    if device.type in WITH_STREAMS:  # From pageable memory, a copy waits.
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """Copy a tensor to a device, without waiting for the device where that can be.
+
+    What a later call uses too belongs to `kept_on_device`: its stream may be another one.
+    """
+    waits = tensor.device.type != "cpu" or device.type not in WITH_STREAMS
+    if waits or torch.compiler.is_compiling():
+        return tensor.to(device)
+    # From pageable memory the host would wait.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=KEPT)

@@ -1,0 +1,110 @@
+"""What a pass over a plan's table needs: its rows tile by tile, and the keys that they read.
+
+A tile is a batch of m rows that are treated as equal: r queries each, and N keys each, which are
+slots and then own keys. `stacked.py` and `padded.py` choose which rows form one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from colonnade.backends.tracing.device import kept_on_device
+from colonnade.plan.table import Plan
+from colonnade.shapes import Gather, Key
+
+
+class Gradient(NamedTuple):
+    """The gradient of keys, or of values, while tiles add to it."""
+
+    slots: Tensor
+    keys: Tensor
+    """[B, Hkv, Tk, D], what keys get that are no slots."""
+    read: tuple[Tensor, ...]
+    """Where tiles add: `slots`, `keys`, or a tensor that both are views of."""
+
+
+class Rows(ABC):
+    """All rows of a plan, with the keys and values that they read.
+
+    Tensors of queries are laid out before the first tile, [B, Hq, P, D], and what tiles have
+    written is taken out again after the last one.
+    """
+
+    def __init__(self, plan: Plan, key: Key) -> None:
+        self.own_from_slots = plan.own_from_slots
+        self.compute = torch.promote_types(key.dtype, torch.float32)
+        self.kv_heads = key.shape[1]
+        self.index = kept_on_device(key.device, _gather, plan)[None, :, :, None]
+
+    @abstractmethod
+    def tiles(self) -> Iterator[Tile]:
+        """Yield all tiles, in every pass the same ones in the same order."""
+
+    def lay_out(self, tensor: Tensor, padding: float | None = None) -> Tensor:
+        """Lay [B, Hq, Tq, D] out as tiles take it; `padding` is written where there is no query."""
+        return tensor
+
+    def take_out(self, laid_out: Tensor) -> Tensor:
+        """Return [B, Hq, Tq, D] of what was laid out."""
+        return laid_out
+
+    @abstractmethod
+    def gradient(self, tensor: Tensor) -> Gradient:
+        """Return zeros for the gradient of the keys or of the values."""
+
+    def total(self, gradient: Gradient) -> Tensor:
+        """Return the sum of what keys got, as slots and otherwise."""
+        index = self.index.expand_as(gradient.slots)
+        return gradient.keys.scatter_add_(2, index, gradient.slots)
+
+
+class Tile(ABC):
+    """Some rows as one batch."""
+
+    def __init__(self, kv_heads: int, compute: torch.dtype) -> None:
+        self.kv_heads = kv_heads
+        self.compute = compute
+
+    def queries(self, laid_out: Tensor) -> Tensor:
+        """Queries as [B, Hkv, m, G·r, D]: the query heads of a key head stacked."""
+        rows = self._take(laid_out).to(self.compute)
+        stacked: Tensor = rows.unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(3, 4)
+        return stacked
+
+    def put(self, laid_out: Tensor, rows: Tensor) -> None:
+        """Write [B, Hkv, m, G·r, D] where `queries` reads."""
+        group = laid_out.shape[1] // rows.shape[1]
+        self._write(laid_out, rows.unflatten(3, (group, -1)).transpose(2, 3).flatten(1, 2))
+
+    @abstractmethod
+    def _take(self, laid_out: Tensor) -> Tensor:
+        """Queries as [B, Hq, m, r, D]."""
+
+    @abstractmethod
+    def _write(self, laid_out: Tensor, rows: Tensor) -> None:
+        """Write [B, Hq, m, r, D] where `_take` reads."""
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """The keys [B, Hkv, m, N, D] that rows read."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """The values [B, Hkv, m, N, D] that rows read."""
+
+    @abstractmethod
+    def hide(self, scores: Tensor) -> None:
+        """Write -inf into [B, Hkv, m, G·r, N] where a query does not read a key."""
+
+    @abstractmethod
+    def add(self, gradient: Gradient, rows: Tensor) -> None:
+        """Add [B, Hkv, m, N, D] to the gradient of the keys, or values, that rows read."""
+
+
+def _gather(plan: Plan) -> Gather:
+    return plan.gather
