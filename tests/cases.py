@@ -83,6 +83,10 @@ class Inputs(NamedTuple):
         """Return the same numbers, rounded as they are, in float64."""
         return Inputs(*[t.double() for t in self])
 
+    def to(self, device: torch.device) -> Inputs:
+        """Return the same numbers on a device."""
+        return Inputs(*[t.to(device) for t in self])
+
     def part(self, positions: slice) -> Inputs:
         """Return the inputs of some positions, as many queries as keys."""
         return Inputs(*[t[:, :, positions] for t in self])
@@ -96,6 +100,10 @@ class Results(NamedTuple):
     grad_query: Tensor
     grad_key: Tensor
     grad_value: Tensor
+
+    def to(self, device: torch.device) -> Results:
+        """Return the same numbers on a device."""
+        return Results(*[t.to(device) for t in self])
 
     def part(self, positions: slice) -> Results:
         """Return the results of some positions, as many queries as keys."""
