@@ -67,7 +67,7 @@ def grad_query_of_pieces(
     # Whatever arrives for a query that reads nothing.
     difference = tl.where(natural == float("-inf"), 0.0, difference)
     store_each(of_query_head(delta, batch, head, member), difference, row, is_row)
-    acc = tl.zeros([S.queries, S.qk_width], tl.float32)
+    acc = tl.full([S.queries, S.qk_width], 0.0, tl.float32)
 
     keys = of_head(slot_key, batch, head)
     values = of_head(slot_value, batch, head)
@@ -126,8 +126,8 @@ def grad_of_slots(
     is_slot = slot < slot_end
     k = load(of_head(slot_key, batch, head), slot, is_slot, S.qk_dim, S.qk_width)
     v = load(of_head(slot_value, batch, head), slot, is_slot, S.v_dim, S.v_width)
-    acc_k = tl.zeros([S.keys, S.qk_width], tl.float32)
-    acc_v = tl.zeros([S.keys, S.v_width], tl.float32)
+    acc_k = tl.full([S.keys, S.qk_width], 0.0, tl.float32)
+    acc_v = tl.full([S.keys, S.v_width], 0.0, tl.float32)
     for member in tl.range(0, S.group):
         queries = of_query_head(query, batch, head, member)
         grads = of_query_head(grad_out, batch, head, member)
@@ -190,8 +190,8 @@ def grad_of_own_keys(
     is_key = place < key_end
     k = load(of_head(key, batch, head), place, is_key, S.qk_dim, S.qk_width)
     v = load(of_head(value, batch, head), place, is_key, S.v_dim, S.v_width)
-    acc_k = tl.zeros([S.keys, S.qk_width], tl.float32)
-    acc_v = tl.zeros([S.keys, S.v_width], tl.float32)
+    acc_k = tl.full([S.keys, S.qk_width], 0.0, tl.float32)
+    acc_v = tl.full([S.keys, S.v_width], 0.0, tl.float32)
     # Query r of the row sees own keys before r + first.
     first = lead + 1 - tl.load(shift + head)
     begin = q_begin + tl.maximum(key_begin - own_begin - first + 1, 0)

@@ -57,8 +57,8 @@ def attend_pieces(
     is_row = row < piece.q_end
     q = load(of_query_head(query, batch, head, member), row, is_row, S.qk_dim, S.qk_width)
     peak = tl.full([S.queries], float("-inf"), tl.float32)
-    total = tl.zeros([S.queries], tl.float32)
-    acc = tl.zeros([S.queries, S.v_width], tl.float32)
+    total = tl.full([S.queries], 0.0, tl.float32)
+    acc = tl.full([S.queries, S.v_width], 0.0, tl.float32)
 
     keys = of_head(slot_key, batch, head)
     values = of_head(slot_value, batch, head)

@@ -1,0 +1,118 @@
+"""Backend "triton" compiled to machine code, by the way that a launch takes, and without a GPU.
+
+The interpreter takes what the compiler refuses. Each kernel takes a second or two.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from colonnade import FixedPattern
+from tests.cases import Case, attend
+
+pytestmark = [
+    pytest.mark.plain,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None or bool(os.environ.get("TRITON_INTERPRET")),
+        reason="needs triton, which compiles",
+    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="triton is there for Linux alone"),
+]
+KERNELS = ("attend_pieces", "grad_query_of_pieces", "grad_of_slots", "grad_of_own_keys")
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+"""The most bytes of shared memory that a program may have, by compute capability."""
+Compiled = list[tuple[str, Any]]
+
+
+class _Driver:
+    """Tells Triton the target, as far as it asks for that before a launch."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+class _NotLaunched:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any, compiled: Compiled) -> None:
+        self.kernel = kernel
+        self.compiled = compiled
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return partial(self._compile, grid)
+
+    def _compile(self, grid: tuple[int], *arguments: Any, **options: Any) -> None:
+        found = self.kernel.warmup(*arguments, grid=grid, **options)
+        self.compiled.append((self.kernel.fn.__name__, found))
+
+
+@pytest.fixture
+def compile_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Case, torch.dtype], Compiled]:
+    """Return a function that compiles all kernels of a case for a compute capability."""
+    from triton.runtime import driver
+
+    from colonnade.backends import triton as backend
+    from colonnade.backends.triton import launch
+
+    def compile_for(capability: int, case: Case, dtype: torch.dtype) -> Compiled:
+        compiled: Compiled = []
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "_active", _Driver(capability))
+            patch.setattr(backend, "_is_interpreted", lambda: True)  # It takes tensors of a CPU.
+            for name in KERNELS:
+                patch.setattr(launch, name, _NotLaunched(getattr(launch, name), compiled))
+            attend(case, case.inputs(dtype), "triton")
+        return compiled
+
+    return compile_for
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(FixedPattern(128, 8), 1, 2, 2, 300, 300, 64, 64), torch.bfloat16),
+        # Triton takes each number that is 1 for a constant.
+        (Case(FixedPattern(1, 1), 1, 1, 1, 1, 1, 1, 1), torch.float32),
+    ],
+    ids=["as they are", "all sizes 1"],
+)
+def test_the_compiler_takes_every_kernel(
+    case: Case, dtype: torch.dtype, compile_for: Callable[[int, Case, torch.dtype], Compiled]
+) -> None:
+    compiled = compile_for(90, case, dtype)
+    names = [name for name, _ in compiled]
+    assert names == [name for name in KERNELS if name in names]
+    assert {"attend_pieces", "grad_query_of_pieces", "grad_of_own_keys"} <= set(names)
+    for name, kernel in compiled:
+        assert len(kernel.asm["cubin"]) > 0, name
+        products = kernel.asm["ptx"].count("wgmma.mma_async")
+        assert (products > 0) == (dtype == torch.bfloat16), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 256), (33, 200), (1, 7)])
+def test_every_kernel_has_room_in_shared_memory(
+    capability: int,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    compile_for: Callable[[int, Case, torch.dtype], Compiled],
+) -> None:
+    case = Case(FixedPattern(128, 8), 1, 2, 2, 300, 300, *widths)
+    compiled = compile_for(capability, case, dtype)
+    assert [name for name, _ in compiled] == list(KERNELS)
+    for name, kernel in compiled:
+        assert kernel.metadata.shared <= SHARED[capability], name
