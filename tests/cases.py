@@ -75,8 +75,11 @@ class Inputs(NamedTuple):
     grad_lse: Tensor
 
     def leaves(self) -> Leaves:
-        """Return query, key and value as tensors of their own that collect gradients."""
-        query, key, value = (t.detach().clone().requires_grad_() for t in self[:3])
+        """Return query, key and value as leaves that collect gradients, in the same memory.
+
+        A copy would lie in memory in another way.
+        """
+        query, key, value = (t.detach().requires_grad_() for t in self[:3])
         return query, key, value
 
     def double(self) -> Inputs:
