@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from colonnade.bench.device import matrix_rate
-from colonnade.bench.report import draw, fill, lines
+from colonnade.bench.report import fastest_dense, fill, lines, merged
 from colonnade.bench.rows import HEADS, LENGTHS, WIDTHS, DeviceLostError, jobs, measure
 from colonnade.info import info
 
@@ -56,6 +56,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "gpu.md")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the speed-up over dense attention against the length, and what the pairs allow."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    series: dict[str, list[tuple[int, float]]] = {}
+    fewer: dict[int, float] = {}
+    for row in merged(result["rows"]):
+        sizes, name = row["sizes"], fastest_dense(row)
+        n = sizes["seq_len"]
+        fewer[n] = sizes["batch"] * sizes["heads"] * n * (n + 1) / 2 / row["pairs"]
+        if name and sizes["kv_heads"] == sizes["heads"]:
+            kind = "forward + backward" if sizes["backward"] else "forward"
+            points = series.setdefault(f"width {sizes['head_dim']}, {kind}", [])
+            points.append((n, row["ratio"][name]["median"]))
+    for name, points in series.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.plot(*zip(*sorted(fewer.items()), strict=True), "k--", label="fewer pairs than dense")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("length")
+    axes.set_ylabel("times faster than dense causal attention")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 def main() -> None:

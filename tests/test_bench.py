@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -307,6 +308,29 @@ def test_only_the_marked_section_of_a_page_is_replaced(made_up: dict[str, Any]) 
             report.fill(wrong, made_up, None)
 
 
-def test_the_picture_is_drawn(made_up: dict[str, Any], tmp_path: Path) -> None:
-    report.draw(made_up, tmp_path / "gpu.svg")
+@pytest.mark.slow
+@pytest.mark.plain
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs triton, and no GPU to time",
+)
+def test_the_benchmark_of_a_gpu_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """In Triton's interpreter, at toy sizes: it writes rows, the page and its picture."""
+    out, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    page.write_text(f"# GPUs\n{report.BEGIN}\n{report.END}\n")
+    toy = ["--lengths", "20", "--widths", "8", "--heads", "2", "--rounds", "1", "--matrix", "16"]
+    files = ["--out", str(out), "--page", str(page)]
+    command = [sys.executable, "benchmarks/gpu.py", *toy, *files]
+    for options, count in (("--seconds 0", 0), ("--kinds attention", 4), ("--resume", 8)):
+        subprocess.run(
+            [*command, *options.split()],
+            check=True,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+        )
+        assert not count or len(json.loads(out.read_text())["rows"]) == count
+    kinds = [row["kind"] for row in json.loads(out.read_text())["rows"]]
+    assert kinds == ["attention"] * 4 + ["flex"] * 4
+    assert "| forward + backward | 8; 1 | 20 |" in page.read_text()
+    assert "](gpu.svg)" in page.read_text()
     assert (tmp_path / "gpu.svg").read_bytes().startswith(PICTURES[".svg"])

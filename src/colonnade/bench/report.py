@@ -1,9 +1,8 @@
-"""What the benchmark of a GPU found, as Markdown and as a picture."""
+"""What the benchmark of a GPU found, as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from colonnade.bench.rivals import DENSE, FLASH, FLEX
@@ -40,7 +39,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         yield "A product of two large matrices in bfloat16 reaches {} ({}–{}) TFLOP/s.".format(
             *rates
         )
-    rows = list(_merged(result["rows"]))
+    rows = list(merged(result["rows"]))
     yield ""
     yield from _bars(rows)
     yield ""
@@ -60,8 +59,8 @@ def fastest(row: Row, names: Iterator[str] | tuple[str, ...]) -> str | None:
     return min(ran, key=lambda name: float(row["ratio"][name]["median"]), default=None)
 
 
-def _merged(rows: list[Row]) -> Iterator[Row]:
-    """Yield one row for all kinds of jobs of one size; times are those beside dense attention."""
+def merged(rows: list[Row]) -> Iterator[Row]:
+    """Yield one row for all jobs of one size; times are those of the job with dense attention."""
     by_sizes: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row["kind"] != "attention"):
         known = by_sizes.setdefault(str(row["sizes"]), {**row, "ratio": {}, "failed": {}})
@@ -78,7 +77,7 @@ def _bars(rows: list[Row]) -> Iterator[str]:
     """Yield for each bar by how much it is met, at its worst."""
     yield "| n | at least, times dense | found, at its worst |"
     yield "|---|---|---|"
-    compared = [(row["sizes"], row["ratio"][name]) for row in rows if (name := _dense(row))]
+    compared = [(row["sizes"], row["ratio"][name]) for row in rows if (name := fastest_dense(row))]
     compared = [(s, ratio) for s, ratio in compared if s["kv_heads"] == s["heads"]]
     for length, bar in (*BARS.items(), (None, 1.0)):
         medians = [r["median"] for s, r in compared if length in (None, s["seq_len"])]
@@ -87,7 +86,8 @@ def _bars(rows: list[Row]) -> Iterator[str]:
         yield f"| {shown} | {bar:g} | {least} |"
 
 
-def _dense(row: Row) -> str | None:
+def fastest_dense(row: Row) -> str | None:
+    """Return which of PyTorch's dense kernels took the least time; None if none ran."""
     return fastest(row, tuple(DENSE))
 
 
@@ -100,7 +100,7 @@ def _table(rows: list[Row], matrix: dict[str, float]) -> Iterator[str]:
         sizes, seconds = row["sizes"], row.get("seconds", {}).get("triton")
         kind = "forward + backward" if sizes["backward"] else "forward"
         best = [
-            _dense(row),
+            fastest_dense(row),
             *(name if name in row["ratio"] else None for name in OTHERS),
             *(
                 fastest(row, tuple(name for name in FLEX if name.startswith(f"{of} ")))
@@ -154,30 +154,3 @@ def _unit(sizes: dict[str, Any]) -> int:
     """Return the bytes of q + k + v + out in bfloat16."""
     heads = 2 * (sizes["heads"] + sizes["kv_heads"])
     return 2 * int(sizes["batch"] * sizes["seq_len"] * heads * sizes["head_dim"])
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the speed-up over dense attention against the length, and what the pairs allow."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot()
-    series: dict[str, list[tuple[int, float]]] = {}
-    fewer: dict[int, float] = {}
-    for row in _merged(result["rows"]):
-        sizes, name = row["sizes"], _dense(row)
-        n = sizes["seq_len"]
-        fewer[n] = sizes["batch"] * sizes["heads"] * n * (n + 1) / 2 / row["pairs"]
-        if name and sizes["kv_heads"] == sizes["heads"]:
-            kind = "forward + backward" if sizes["backward"] else "forward"
-            points = series.setdefault(f"width {sizes['head_dim']}, {kind}", [])
-            points.append((n, row["ratio"][name]["median"]))
-    for name, points in series.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.plot(*zip(*sorted(fewer.items()), strict=True), "k--", label="fewer pairs than dense")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("length")
-    axes.set_ylabel("times faster than dense causal attention")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path)
