@@ -163,7 +163,7 @@ def test_packed_documents(part: Any, causal: bool, dtype: torch.dtype) -> None:
 def test_chunks_behind_a_cache(part: Any) -> None:
     """Of the blocks before a chunk there are the summaries alone, those of each sub-block."""
     pattern = FixedPattern(16, 4, subblocks=2, part=part)
-    case = Case(pattern, 1, 2, 2, 83, 83, 16, 16, 0.3)
+    case = Case(pattern, 1, 2, 1, 83, 83, 16, 16, 0.3)
     query, key, value, *_ = case.inputs(torch.float32)
     expected = both(query.double(), key.double(), value.double(), pattern, "reference", 0.3)
     cache, outs, lses = KVCache(pattern, max_seq_len=83, backend="triton"), [], []
