@@ -171,7 +171,7 @@ structure: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu and not interpreted'
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'plain and not slow and not gpu'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m interpreted tests/backends/test_triton.py tests/gpu
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m interpreted tests/backends tests/gpu
 
 # Both ends of what pyproject.toml accepts, each in an environment of its own, which takes no torch
 # from PYTHON. --always-make looks for newer releases in every run.

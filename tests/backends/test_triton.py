@@ -197,15 +197,3 @@ def test_sizes_of_zero() -> None:
         found = attend(case, inputs, "triton")
         assert found.out.shape == (case.batch, 2, case.q_len, 8)
         assert all((grad == 0).all() for grad in found[2:])
-
-
-@each_type
-def test_its_operations_keep_the_compilers_rules(dtype: torch.dtype) -> None:
-    """Schema, fake and autograd, as torch.library checks them."""
-    case = Case(FixedPattern(4, 1), 1, 1, 2, 5, 6, 8, 8, 0.4)
-    query, key, value, *_ = case.inputs(dtype)
-    options = (4, 1, 1, "merged", True, 0, None, 0.4)
-    leaves = [t.requires_grad_() for t in (query, key, value)]
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    operation = torch.ops.colonnade.triton_forward.default
-    torch.library.opcheck(operation, (*leaves, *options), test_utils=checks)

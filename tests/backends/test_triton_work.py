@@ -10,7 +10,15 @@ from torch import Tensor
 
 from colonnade import FixedPattern
 from colonnade.backends.triton import work
-from colonnade.backends.triton.configurations import WIDEST, Kernel, configuration, power_of_two
+from colonnade.backends.triton.configurations import (
+    CHECKED,
+    KERNELS,
+    WIDEST,
+    Kernel,
+    Precision,
+    configuration,
+    power_of_two,
+)
 from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan
 from tests.cases import fixed_patterns
 from tests.packing import cuts
@@ -95,6 +103,7 @@ def test_partners_lead_from_keys_to_slots_and_back(plan_and_keys: tuple[Plan, in
     """A key is the partner of one slot; only columns that no query sees share one."""
     plan, kv_len = plan_and_keys
     partner: Tensor = work.partner(plan, kv_len)
+    partner = partner.expand(plan.gather.shape[0], -1)
     for of_head, gather in zip(partner.tolist(), plan.gather.tolist(), strict=True):
         if plan.own_from_slots:
             keys = [key for key in of_head if key >= 0]
@@ -106,12 +115,16 @@ def test_partners_lead_from_keys_to_slots_and_back(plan_and_keys: tuple[Plan, in
 
 
 @given(
-    kernel=st.sampled_from(("forward", "query", "slots", "own")),
+    kernel=st.sampled_from(KERNELS),
+    precision=st.sampled_from(("half", "tf32")),
     width=st.integers(1, WIDEST),
+    target=st.sampled_from((*CHECKED, "sm_87", "xpu")),
     longest=st.integers(1, 300),
 )
-def test_a_tile_is_no_larger_than_a_row_needs(kernel: Kernel, width: int, longest: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        found = configuration(kernel, dtype, width, longest)
-        assert 16 <= found.queries <= power_of_two(longest)
-        assert found.queries & (found.queries - 1) == found.keys & (found.keys - 1) == 0
+def test_a_tile_is_no_larger_than_a_row_needs(
+    kernel: Kernel, precision: Precision, width: int, target: str, longest: int
+) -> None:
+    found = configuration(kernel, precision, width, target, longest)
+    assert found is not None
+    assert 16 <= found.queries <= power_of_two(longest)
+    assert found.queries & (found.queries - 1) == found.keys & (found.keys - 1) == 0

@@ -43,8 +43,8 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference,
 }
 """In the order in which "auto" tries them."""
-BY_NAME_ALONE = {"triton": "it runs if it is asked for by name alone: no GPU has run it yet"}
-"""Those that "auto" leaves out, and why."""
+BY_NAME_ALONE = {"triton": triton.reason_by_name_alone}
+"""Those that "auto" leaves out on some devices, with a function that says why, or None."""
 
 
 def run(
@@ -76,11 +76,16 @@ def choose(query: Query, key: Key, value: Value, call: Call, backend: str) -> st
 
 def _first_that_takes(query: Query, key: Key, value: Value, call: Call) -> str:
     for name in BACKENDS:
-        if name in BY_NAME_ALONE:
-            continue
-        if _reason_declined(name, query, key, value, call) is None:
+        declined = _reason_declined(name, query, key, value, call)
+        if declined is None and _reason_left_out(name, query) is None:
             return name
     raise AssertionError("the reference takes everything")
+
+
+def _reason_left_out(name: str, query: Query) -> str | None:
+    """Return why "auto" leaves a backend out although it takes a call, or None if it does not."""
+    ask = BY_NAME_ALONE.get(name)
+    return None if ask is None else ask(query.device)
 
 
 def _reason_declined(name: str, query: Query, key: Key, value: Value, call: Call) -> str | None:
@@ -149,6 +154,6 @@ def explain_call(
         if name != chosen:
             why = _reason_declined(name, query, key, value, call)
             asked = f"{chosen} comes first" if backend == "auto" else f"{chosen} was asked for"
-            first = BY_NAME_ALONE.get(name, f"{asked} and takes these inputs")
-            others[name] = f"it {why}" if why else first
+            why = why or _reason_left_out(name, query)
+            others[name] = f"it {why}" if why else f"{asked} and takes these inputs"
     return Explanation(chosen, others)

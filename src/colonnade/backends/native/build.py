@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from colonnade.backends import environment
+from colonnade.backends.environment import is_on
 from colonnade.backends.native.compiler import (
     FOR_PROCESSOR,
     FOR_THREADS,
@@ -36,9 +38,6 @@ SOURCES = Path(__file__).with_name("csrc")
 MAIN = "library.cpp"
 FAILED = ".failed"
 """Suffix of the files that remember a reason."""
-SWITCH = {"": True, "1": True, "true": True, "yes": True, "on": True}
-SWITCH |= {"0": False, "false": False, "no": False, "off": False}
-"""Values of COLONNADE_NATIVE, in any case."""
 
 log = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()
@@ -107,10 +106,10 @@ def _one_error(doing: str) -> Iterator[None]:
 
 
 def _switched_on() -> bool:
-    value = os.environ.get("COLONNADE_NATIVE", "")
-    if value.strip().lower() not in SWITCH:
-        raise BuildError(f"COLONNADE_NATIVE must be 0 or 1, got COLONNADE_NATIVE={value!r}")
-    return SWITCH[value.strip().lower()]
+    try:
+        return is_on("COLONNADE_NATIVE", default=True)
+    except ValueError as error:
+        raise BuildError(str(error)) from error
 
 
 @_one_error("cannot work out where its library belongs")
@@ -153,16 +152,12 @@ def _hash(parts: list[str]) -> str:
 
 @_one_error("has no folder for its library; set COLONNADE_CACHE to one that can be written")
 def cache_folder() -> Path:
-    """COLONNADE_CACHE, or colonnade in the user's folder for caches.
+    """Return the folder of all backends.
 
     Raises:
         BuildError: There is no home, or none of the user that ~ names.
     """
-    if named := os.environ.get("COLONNADE_CACHE"):
-        return Path(named).expanduser()
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "colonnade"
-    )
+    return environment.cache_folder()
 
 
 def build(path: Path) -> None:

@@ -4,6 +4,7 @@ An operation makes the plan and launches kernels, one forward and three backward
 
     work.py            lists of work from the table, a line for each program
     configurations.py  sizes of tiles
+    tuning.py          other sizes, timed if that is asked for
     launch.py          from tensors and a plan to launches
     tiles.py           what a kernel is handed, and what it does with a tile
     forward.py         slots, then own keys, in one online softmax
@@ -28,7 +29,12 @@ from colonnade.backends.call import Call, Seen
 from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, count_pairs, make_plan
 from colonnade.backends.tracing.constant import constant_when_compiled
 from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define_attention
-from colonnade.backends.triton.configurations import WIDEST
+from colonnade.backends.triton.configurations import (
+    CHECKED,
+    WIDEST,
+    name_of,
+    reason_no_tile_fits,
+)
 from colonnade.pattern import FixedPattern
 from colonnade.plan.table import heads_by_plan
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
     from colonnade.backends.triton.launch import Group
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)
+"""The least compute capability of NVIDIA that Triton and bfloat16 take."""
 
 
 @constant_when_compiled
@@ -77,7 +85,29 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | N
     devices = ("cpu",) if _is_interpreted() else ("cuda", "xpu")
     if query.device.type not in devices:
         return f"runs on {' and '.join(devices)} only here, got query.device={query.device}"
-    return reason_unusable()
+    return reason_unusable() or _reason_no_tile_fits(query.dtype, max(widths), query.device)
+
+
+@constant_when_compiled
+def _reason_no_tile_fits(dtype: torch.dtype, width: int, device: torch.device) -> str | None:
+    if _is_interpreted():
+        return None
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return "needs a GPU of compute capability {}.{}, got {}.{}".format(*OLDEST, *capability)
+    return reason_no_tile_fits(dtype, width, device)
+
+
+@constant_when_compiled
+def reason_by_name_alone(device: torch.device) -> str | None:
+    """Return why it runs on a device only if it is asked for, as a clause; None: for "auto" too."""
+    if _is_interpreted():
+        return "is interpreted, and runs if it is asked for by name alone"
+    target = name_of(device)
+    if target in CHECKED:
+        return None
+    return f"runs if it is asked for by name alone: its machine code was not checked for {target}"
 
 
 def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:

@@ -158,12 +158,11 @@ def grad_of_own_keys(
     value_sums,
     grad_key,
     grad_value,
+    partner,
     tiles,
     shares_of_slot,
-    partner,
     shift,
     num_tiles,
-    num_keys,
     heads,
     scale,
     OWN_FROM_SLOTS: tl.constexpr,
@@ -171,9 +170,9 @@ def grad_of_own_keys(
 ):
     """Compute the gradients of a tile of keys: those as own keys, and the sums of their slots.
 
-    `key` and `value` hold the keys, or the slots if OWN_FROM_SLOTS. `tiles` is `work.own_tiles`;
-    `partner` [heads, num_keys] is the slot of each key, or the key of each slot; -1 if it has none.
-    Both sums are added in float32, and rounded once.
+    `key` and `value` hold the keys, or the slots if OWN_FROM_SLOTS. `tiles` is `work.own_tiles`.
+    `partner` [batch, heads, keys] is the slot of each key, or the key of each slot, or -1 if there
+    is none. Both sums are added in float32, and rounded once.
     """
     tile = tiles + tl.program_id(0) % num_tiles * 6
     key_begin = tl.load(tile)
@@ -208,7 +207,7 @@ def grad_of_own_keys(
             acc_v += d_v
     acc_k *= scale
 
-    other = tl.load(partner + head.to(tl.int64) * num_keys + place, mask=is_key, other=-1)
+    other = load_each(of_head(partner, batch, head), place, is_key, -1)
     slot = place if OWN_FROM_SLOTS else other
     goal = other if OWN_FROM_SLOTS else place
     shares = tl.load(shares_of_slot + slot, mask=is_key & (slot >= 0), other=0)

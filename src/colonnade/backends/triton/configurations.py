@@ -1,7 +1,8 @@
 """The tile sizes of each kernel, and the number of warps that work on a tile.
 
 A tile that is too large for the registers of a processor spills them to memory, which costs more
-than a larger tile saves.
+than a larger tile saves. `make gpu-code` compiles every row for the devices in `CHECKED`, and holds
+it to the bounds of `bench.machine_code`; what no row fits is declined.
 """
 
 from __future__ import annotations
@@ -12,9 +13,19 @@ import torch
 
 Kernel = Literal["forward", "query", "slots", "own"]
 """The forward, and the gradients of queries, of slots and of own keys."""
+KERNELS: tuple[Kernel, ...] = ("forward", "query", "slots", "own")
+Precision = Literal["half", "tf32", "ieee"]
+"""What is multiplied: bfloat16 or float16; float32 in matrix instructions of TF32; float32."""
 
 WIDEST = 256
 """The most entries that a query or a value may have."""
+
+CHECKED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
+"""Devices whose machine code is checked; "auto" takes the kernels on these."""
+# Matrix instructions of four warps, which read shared memory, of which there is more.
+WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+# Warps of 64, little shared memory, and matrix instructions for float32 too.
+AMD = ("gfx942", "gfx950")
 
 
 class Configuration(NamedTuple):
@@ -33,68 +44,129 @@ class Configuration(NamedTuple):
     stages: int
 
 
-# By the larger of both widths. Half precision at widths up to 128 spills no register on sm_80,
-# sm_90 and sm_100.
-_HALF: dict[Kernel, dict[int, Configuration]] = {
-    "forward": {
-        64: Configuration(128, 64, 8, 2),
-        128: Configuration(128, 64, 8, 2),
-        256: Configuration(64, 32, 8, 2),
-    },
-    "query": {
-        64: Configuration(64, 64, 4, 2),
-        128: Configuration(64, 64, 8, 2),
-        256: Configuration(32, 32, 8, 1),
-    },
-    # It holds two products of all its slots, and loads queries and their gradients.
-    "slots": {
-        64: Configuration(128, 64, 8, 2),
-        128: Configuration(64, 32, 8, 2),
-        256: Configuration(32, 32, 8, 1),
-    },
-    "own": {
-        64: Configuration(64, 64, 8, 2),
-        128: Configuration(64, 64, 8, 2),
-        256: Configuration(32, 32, 8, 1),
-    },
-}
-# Elements are twice as large, and products in IEEE's float32 take no matrix instruction.
-_SINGLE: dict[Kernel, dict[int, Configuration]] = {
-    "forward": {
-        64: Configuration(64, 32, 4, 2),
-        128: Configuration(32, 32, 4, 2),
-        256: Configuration(16, 32, 4, 1),
-    },
-    "query": {
-        64: Configuration(32, 32, 4, 2),
-        128: Configuration(32, 32, 4, 1),
-        256: Configuration(16, 16, 4, 1),
-    },
-    "slots": {
-        64: Configuration(32, 32, 4, 2),
-        128: Configuration(32, 32, 4, 1),
-        256: Configuration(16, 16, 4, 1),
-    },
-    "own": {
-        64: Configuration(32, 32, 4, 2),
-        128: Configuration(32, 32, 4, 1),
-        256: Configuration(16, 16, 4, 1),
-    },
-}
+class Row(NamedTuple):
+    """A row of the table: where it holds, and the configuration.
+
+    Attributes:
+        precision: What is multiplied.
+        kernels: Which kernels.
+        widest: It holds for widths up to this; the larger of both counts.
+        configuration: What they are launched with.
+        on: The devices; none: all.
+    """
+
+    precision: Precision
+    kernels: tuple[Kernel, ...]
+    widest: int
+    configuration: Configuration
+    on: tuple[str, ...] = ()
 
 
-def configuration(kernel: Kernel, dtype: torch.dtype, width: int, longest: int) -> Configuration:
-    """Return the configuration of a kernel.
+FORWARD: tuple[Kernel, ...] = ("forward",)
+QUERY: tuple[Kernel, ...] = ("query",)
+SLOTS: tuple[Kernel, ...] = ("slots",)
+OWN: tuple[Kernel, ...] = ("own",)
+KEYS: tuple[Kernel, ...] = ("slots", "own")
+BACKWARD: tuple[Kernel, ...] = ("query", "slots", "own")
+
+TABLE: tuple[Row, ...] = (
+    # The first row that holds counts. An interpreter has no registers.
+    Row("ieee", KERNELS, 256, Configuration(64, 32, 4, 1), ("cpu",)),
+    # One product of 64 queries is all that an AMD processor's 64 KiB and 512 registers hold.
+    Row("half", FORWARD, 64, Configuration(128, 64, 4, 1), AMD),
+    Row("half", FORWARD, 128, Configuration(64, 64, 4, 1), AMD),
+    Row("half", ("query", "own"), 64, Configuration(64, 64, 4, 1), AMD),
+    Row("half", SLOTS, 64, Configuration(128, 64, 4, 1), AMD),
+    Row("half", BACKWARD, 128, Configuration(64, 32, 4, 1), AMD),
+    Row("half", KERNELS, 256, Configuration(32, 32, 4, 1), AMD),
+    Row("ieee", KERNELS, 64, Configuration(64, 32, 8, 1), AMD),
+    Row("ieee", FORWARD, 128, Configuration(32, 32, 8, 1), AMD),
+    Row("ieee", BACKWARD, 128, Configuration(16, 16, 8, 1), AMD),
+    Row("ieee", QUERY, 256, Configuration(32, 16, 4, 1), AMD),
+    Row("ieee", KERNELS, 256, Configuration(16, 16, 8, 1), AMD),
+    # A row of 128 queries in one tile.
+    Row("half", FORWARD, 128, Configuration(128, 64, 8, 2)),
+    # The output takes half of the registers.
+    Row("half", FORWARD, 256, Configuration(64, 32, 8, 2), WARP_GROUPS),
+    Row("half", FORWARD, 256, Configuration(32, 32, 8, 1)),
+    # Queries, outputs and both their gradients stay in registers.
+    Row("half", QUERY, 64, Configuration(64, 64, 4, 2)),
+    Row("half", QUERY, 128, Configuration(64, 64, 8, 2)),
+    # Two sums of all slots stay in registers, and queries and their gradients pass by: ahead of
+    # their use where shared memory has room.
+    Row("half", SLOTS, 64, Configuration(128, 64, 8, 2), WARP_GROUPS),
+    Row("half", SLOTS, 64, Configuration(128, 64, 8, 1)),
+    Row("half", SLOTS, 128, Configuration(64, 32, 8, 2)),
+    Row("half", OWN, 128, Configuration(64, 64, 8, 2), WARP_GROUPS),
+    Row("half", OWN, 128, Configuration(64, 64, 8, 1)),
+    Row("half", BACKWARD, 256, Configuration(32, 32, 8, 1)),
+    # Elements are twice as large.
+    Row("tf32", FORWARD, 64, Configuration(64, 32, 4, 2)),
+    Row("tf32", FORWARD, 128, Configuration(64, 32, 8, 2), WARP_GROUPS),
+    Row("tf32", FORWARD, 128, Configuration(32, 32, 4, 2)),
+    Row("tf32", FORWARD, 256, Configuration(16, 16, 8, 1)),
+    Row("tf32", QUERY, 64, Configuration(64, 32, 8, 2)),
+    Row("tf32", QUERY, 128, Configuration(32, 32, 8, 1)),
+    Row("tf32", QUERY, 256, Configuration(32, 16, 8, 1)),
+    Row("tf32", KEYS, 64, Configuration(64, 32, 8, 2)),
+    Row("tf32", KEYS, 128, Configuration(32, 32, 8, 1)),
+    Row("tf32", KEYS, 256, Configuration(16, 16, 8, 1)),
+    # Without matrix instructions a thread holds whole rows of both operands. At width 256 the
+    # forward spills whatever its tile is.
+    Row("ieee", FORWARD, 64, Configuration(64, 16, 8, 2)),
+    Row("ieee", FORWARD, 128, Configuration(16, 16, 8, 2)),
+    Row("ieee", QUERY, 64, Configuration(64, 32, 8, 2)),
+    Row("ieee", QUERY, 128, Configuration(16, 16, 8, 1)),
+    Row("ieee", KEYS, 64, Configuration(32, 32, 8, 2)),
+    Row("ieee", KEYS, 128, Configuration(32, 16, 8, 1)),
+)
+
+
+def precision_of(dtype: torch.dtype, device: torch.device) -> Precision:
+    """Return what is multiplied in a type: of float32, what PyTorch is asked for."""
+    if dtype != torch.float32:
+        return "half"
+    asked = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if asked == "tf32" and device.type == "cuda" and not torch.version.hip else "ieee"
+
+
+def name_of(device: torch.device) -> str:
+    """Return the name of a device as in `CHECKED`; of one that is no GPU of these, its type."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName.split(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def reason_no_tile_fits(dtype: torch.dtype, width: int, device: torch.device) -> str | None:
+    """Return why no row of the table fits, as a clause, or None if each kernel has one."""
+    target, precision = name_of(device), precision_of(dtype, device)
+    if all(configuration(kernel, precision, width, target, 1) for kernel in KERNELS):
+        return None
+    of = f"{dtype} in matrix instructions of TF32" if precision == "tf32" else str(dtype)
+    return f"has no tile for {of} at a width of {width} that fits the registers of {target}"
+
+
+def configuration(
+    kernel: Kernel, precision: Precision, width: int, target: str, longest: int
+) -> Configuration | None:
+    """Return the configuration of a kernel, or None if no tile of it fits.
 
     Args:
         kernel: Which one.
-        dtype: Type of the inputs.
+        precision: What is multiplied.
         width: The larger of the two widths.
+        target: Name of the device as in `CHECKED`.
         longest: Most queries of a row of the table; a tile of more would be empty in part.
     """
-    table = (_SINGLE if dtype == torch.float32 else _HALF)[kernel]
-    found = table[min(most for most in table if width <= most)]
-    return found._replace(queries=min(found.queries, power_of_two(longest)))
+    for row in TABLE:
+        holds = row.precision == precision and kernel in row.kernels and width <= row.widest
+        if holds and (not row.on or target in row.on):
+            found = row.configuration
+            return found._replace(queries=min(found.queries, power_of_two(longest)))
+    return None
 
 
 def power_of_two(size: int) -> int:

@@ -5,17 +5,17 @@ This file and the kernels import Triton, so nothing imports them before the firs
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from colonnade.backends.tracing.memo import for_every_call
-from colonnade.backends.triton import work
+from colonnade.backends.tracing.device import kept_on_device
+from colonnade.backends.triton import tuning, work
 from colonnade.backends.triton.backward import (
     grad_of_own_keys,
     grad_of_slots,
@@ -24,12 +24,18 @@ from colonnade.backends.triton.backward import (
 from colonnade.backends.triton.configurations import (
     Configuration,
     Kernel,
+    Precision,
     configuration,
+    name_of,
     power_of_two,
+    precision_of,
+    reason_no_tile_fits,
 )
 from colonnade.backends.triton.forward import attend_pieces
 from colonnade.backends.triton.tiles import Array, Shape
 from colonnade.plan.table import Plan
+
+Result = TypeVar("Result")
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether Triton interprets kernels, on the CPU, as TRITON_INTERPRET=1 asks for."""
@@ -78,12 +84,39 @@ class _Run:
 
     def listed(self, make: Callable[..., Any], *sizes: int) -> Any:
         """Return what a function makes of the plan, on the device; it is kept for the next call."""
-        return _listed(make, self.plan, self.device, *sizes)
+        return kept_on_device(self.device, make, self.plan, *sizes)
 
-    def config(self, kernel: Kernel) -> Configuration:
-        """Return the configuration of a kernel."""
-        width = max(t.shape[3] for t in self.own)
-        return configuration(kernel, self.query.dtype, width, self.longest)
+    def at_best(self, kernel: Kernel, launch: Callable[[Configuration], Result]) -> Result:
+        """Return what `launch` gives at the configuration of a kernel.
+
+        Raises:
+            NotImplementedError: No tile fits the device.
+        """
+        width, target = max(t.shape[3] for t in self.own), name_of(self.device)
+        precision = precision_of(self.query.dtype, self.device)
+        found = configuration(kernel, precision, width, target, self.longest)
+        if found is None:
+            reason = reason_no_tile_fits(self.query.dtype, width, self.device)
+            raise NotImplementedError(f"backend 'triton' {reason}.")
+        if tuning.is_asked_for():
+            found = tuning.tuned(self._sizes(kernel, target, precision), found, launch)
+        return launch(found)
+
+    def _sizes(self, kernel: Kernel, target: str, precision: Precision) -> tuning.Sizes:
+        """Return what the fastest configuration of a kernel depends on."""
+        return tuning.Sizes(
+            device=target,
+            kernel=kernel,
+            dtype=str(self.query.dtype),
+            precision=precision,
+            qk_dim=self.own[0].shape[3],
+            v_dim=self.own[1].shape[3],
+            members=self.members,
+            heads=power_of_two(self.batch * self.heads),
+            q_len=power_of_two(self.query.shape[3]),
+            slots=power_of_two(self.slots[0].shape[2]),
+            longest=power_of_two(self.longest),
+        )
 
     def launch(self, kernel: Any, config: Configuration, programs: int, *arguments: Any) -> None:
         """Launch a kernel with that many programs for each batch row and key head."""
@@ -96,7 +129,7 @@ class _Run:
             power_of_two(v_dim),
             config.queries,
             config.keys,
-            precision=_precision(self.device),
+            precision="tf32" if precision_of(self.query.dtype, self.device) == "tf32" else "ieee",
             lift=INTERPRETED and self.query.dtype == torch.bfloat16,
         )
         programs *= self.batch * self.heads
@@ -104,19 +137,6 @@ class _Run:
             return
         with _on(self.device):
             kernel[(programs,)](*arguments, shape, num_warps=config.warps, num_stages=config.stages)
-
-
-@functools.lru_cache(maxsize=64)
-def _listed(make: Callable[..., Any], plan: Plan, device: torch.device, *sizes: int) -> Any:
-    with for_every_call(), torch.device("cpu"):
-        made = make(plan, *sizes)
-    return made.to(device)
-
-
-def _precision(device: torch.device) -> str:
-    """Return how PyTorch is asked to multiply float32."""
-    asked = torch.backends.cuda.matmul.fp32_precision
-    return "tf32" if asked == "tf32" and device.type == "cuda" and not torch.version.hip else "ieee"
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -140,20 +160,24 @@ def forward(
     for group in groups:
         run = _Run(group, query, key, value, longest)
         results = [group.of_queries(t, key.shape[1]) for t in (out, lse)]
-        config = run.config("forward")
-        pieces = run.listed(work.pieces, config.queries)
-        run.launch(
-            attend_pieces,
-            config,
-            len(pieces) * run.members,
-            *_arrays(run.query, *run.own, *run.slots, *results),
-            pieces,
-            run.shift,
-            len(pieces),
-            run.heads,
-            scale * LOG2_E,
-        )
+        run.at_best("forward", partial(_forward, run, results, scale))
     return out, lse
+
+
+def _forward(run: _Run, results: list[Tensor], scale: float, config: Configuration) -> None:
+    """Write output and log-sum-exp."""
+    pieces = run.listed(work.pieces, config.queries)
+    run.launch(
+        attend_pieces,
+        config,
+        len(pieces) * run.members,
+        *_arrays(run.query, *run.own, *run.slots, *results),
+        pieces,
+        run.shift,
+        len(pieces),
+        run.heads,
+        scale * LOG2_E,
+    )
 
 
 def backward(
@@ -176,18 +200,20 @@ def backward(
     for group in groups:
         run = _Run(group, query, key, value, longest)
         saved = [group.of_queries(t, key.shape[1]) for t in (out, lse, grad_out, grad_lse)]
-        delta = _grad_query(run, saved, group.of_queries(grad_query, key.shape[1]), scale)
-        sums, shares = _grad_slots(run, saved, delta, scale)
+        of_queries = group.of_queries(grad_query, key.shape[1])
+        delta = run.at_best("query", partial(_grad_query, run, saved, of_queries, scale))
+        sums = run.at_best("slots", partial(_grad_slots, run, saved, delta, scale))
         grads = [group.of(t) for t in (grad_key, grad_value)]
-        _grad_own_keys(run, saved, delta, sums, shares, grads, scale)
+        run.at_best("own", partial(_grad_own_keys, run, saved, delta, sums, grads, scale))
     return grad_query, grad_key, grad_value
 
 
-def _grad_query(run: _Run, saved: list[Tensor], grad_query: Tensor, scale: float) -> Tensor:
+def _grad_query(
+    run: _Run, saved: list[Tensor], grad_query: Tensor, scale: float, config: Configuration
+) -> Tensor:
     """Write the gradients of queries, and return delta [batch, heads, members, q_len]."""
     out, lse, grad_out, grad_lse = saved
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    config = run.config("query")
     pieces = run.listed(work.pieces, config.queries)
     run.launch(
         grad_query_of_pieces,
@@ -203,15 +229,23 @@ def _grad_query(run: _Run, saved: list[Tensor], grad_query: Tensor, scale: float
     return delta
 
 
-def _grad_slots(
-    run: _Run, saved: list[Tensor], delta: Tensor, scale: float
-) -> tuple[list[Tensor], Tensor]:
-    """Return the gradients of slots, a sum for each share of queries, and each slot's shares.
+class _Sums(NamedTuple):
+    """The gradients of slots, a sum for each share of the queries behind them.
 
-    The sums are [shares, batch, heads, slots, …] in float32.
+    Attributes:
+        sums: Those of keys and of values, [shares, batch, heads, slots, …] in float32.
+        shares: [slots], the number of shares of each slot.
     """
+
+    sums: list[Tensor]
+    shares: Tensor
+
+
+def _grad_slots(
+    run: _Run, saved: list[Tensor], delta: Tensor, scale: float, config: Configuration
+) -> _Sums:
+    """Return the gradients of slots."""
     _, lse, grad_out, _ = saved
-    config = run.config("slots")
     found = run.listed(work.slot_tiles, config.keys, config.queries, _most_shares(run, config))
     sums = [
         torch.empty((found.most, *t.shape), dtype=torch.float32, device=t.device) for t in run.slots
@@ -227,7 +261,7 @@ def _grad_slots(
         run.heads,
         scale,
     )
-    return sums, found.shares
+    return _Sums(sums, found.shares)
 
 
 def _most_shares(run: _Run, config: Configuration) -> int:
@@ -244,26 +278,25 @@ def _grad_own_keys(
     run: _Run,
     saved: list[Tensor],
     delta: Tensor,
-    sums: list[Tensor],
-    shares: Tensor,
+    of_slots: _Sums,
     grads: list[Tensor],
     scale: float,
+    config: Configuration,
 ) -> None:
     """Write the gradients of keys and values: what they have as own keys, and the sums of slots."""
     _, lse, grad_out, _ = saved
-    config, num_keys = run.config("own"), run.own[0].shape[2]
+    num_keys = run.own[0].shape[2]
     tiles = run.listed(work.own_tiles, num_keys, config.keys)
+    partner = run.listed(work.partner, num_keys).expand(run.batch, run.heads, -1)
     run.launch(
         grad_of_own_keys,
         config,
         len(tiles),
-        *_arrays(run.query, *run.own, lse, grad_out, delta, *sums, *grads),
+        *_arrays(run.query, *run.own, lse, grad_out, delta, *of_slots.sums, *grads, partner),
         tiles,
-        shares,
-        run.listed(work.partner, num_keys),
+        of_slots.shares,
         run.shift,
         len(tiles),
-        num_keys,
         run.heads,
         scale,
         run.plan.own_from_slots,

@@ -68,11 +68,6 @@ class SlotTiles(NamedTuple):
     shares: Tensor
     most: int
 
-    def to(self, device: torch.device) -> SlotTiles:
-        """Return these lists on a device."""
-        tiles, seen, shares = (part.to(device) for part in self[:3])
-        return SlotTiles(tiles, seen, shares, self.most)
-
 
 def slot_tiles(plan: Plan, keys: int, queries: int, most: int) -> SlotTiles:
     """Cut slots into tiles of a sequence, and the queries behind a tile into shares.
@@ -84,11 +79,11 @@ def slot_tiles(plan: Plan, keys: int, queries: int, most: int) -> SlotTiles:
         most: Most shares of a slot.
     """
     num_slots, rows = plan.gather.shape[1], plan.table
-    seen = rows[:, 6].repeat_interleave(rows[:, 1] - rows[:, 0])
+    seen = rows[:, 6].int().repeat_interleave(rows[:, 1] - rows[:, 0])
     rows = rows[rows[:, 6] > rows[:, 5]]
     if len(rows) == 0:
-        none = torch.zeros(num_slots)
-        return SlotTiles(_lines(*torch.zeros(5, 0)), _lines(seen)[:, 0], _lines(none)[:, 0], 0)
+        none = torch.zeros(num_slots, dtype=torch.int32)
+        return SlotTiles(_lines(*torch.zeros(5, 0)), seen, none, 0)
     q_begin, _, _, _, _, slot_begin, slot_end = rows.unbind(1)
     # The rows of one sequence have one slot_begin, and their slot_end never goes down.
     _, sequence, count = slot_begin.unique_consecutive(return_inverse=True, return_counts=True)
@@ -106,18 +101,21 @@ def slot_tiles(plan: Plan, keys: int, queries: int, most: int) -> SlotTiles:
     first = q_begin[sees][tile] + behind
     stop = torch.minimum(first + share, q_stop[tile])
     lines = _lines(begin[tile], end[tile], first, stop, behind // share)
-    shares = torch.zeros(num_slots, dtype=torch.long)
-    of, place = _cut(end - begin, 1)
-    shares[begin[of] + place] = -(-length // share)[of]
-    return SlotTiles(lines, _lines(seen)[:, 0], _lines(shares)[:, 0], int(shares.max()))
+    count = -(-length // share)
+    change = torch.zeros(num_slots + 1, dtype=torch.long)
+    change.index_add_(0, begin, count).index_add_(0, end, -count)
+    return SlotTiles(lines, seen, change.cumsum(0)[:-1].int(), int(count.max()))
 
 
 def partner(plan: Plan, num_keys: int) -> Tensor:
     """Return [heads, keys] the slot of each key, or if own keys are slots the key of each; else -1.
 
-    Of columns that were clamped to one key, which no query sees, the first counts.
+    Of columns that were clamped to one key, which no query sees, the first counts. If all heads
+    have the same slots, there is a line for one of them only.
     """
     gather = plan.gather
+    if (gather == gather[:1]).all():
+        gather = gather[:1]
     if plan.own_from_slots:
         again = F.pad(gather[:, 1:] == gather[:, :-1], (1, 0))
         return gather.masked_fill(again, -1).int()
