@@ -7,6 +7,11 @@
 #   MINUTES   how long `make demo` trains.
 #   CALLS     how many calls of the operations `make fuzz` draws, BATCHES how many batches for whole
 #             models, and SEED from where.
+#   GPU_PATH  a folder of packages that PYTHON lacks, for `make gpu`, which installs nothing.
+#             `make gpu-packages` fills it for a Python GPU_PYTHON on Linux x86-64.
+#   GPU_WORKERS  processes of `make gpu-tests`, where pytest-xdist is there; one compiles while
+#             another computes. GPU_SECONDS: `make gpu-bench` begins no row after that long.
+#             GPU_TESTS and GPU_BENCH are further options of the two.
 #   OLD       the src folder that `make bench-paired` compares with, and ROUNDS how often.
 
 PYTHON ?= python3
@@ -17,6 +22,12 @@ BATCHES ?= 2000
 SEED ?=
 OLD ?=
 ROUNDS ?= 9
+GPU_PATH ?= build/gpu-packages
+GPU_PYTHON ?= 3.12
+GPU_WORKERS ?= 8
+GPU_SECONDS ?= inf
+GPU_TESTS ?=
+GPU_BENCH ?=
 
 # The environment, and the files that pin what is in it. The first file that names a package counts.
 # test-oldest and test-newest have environments of their own.
@@ -40,7 +51,7 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 CXX ?= c++
 CPP_SOURCES := $(wildcard src/colonnade/backends/native/csrc/*)
 
-.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired structure test test-oldest test-newest test-slow fuzz sanitize lint format clean
+.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired gpu gpu-tests gpu-bench gpu-packages structure test test-oldest test-newest test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
@@ -50,6 +61,10 @@ help:
 	@echo 'make bench-packed  time packed documents against a batch; a minute or two'
 	@echo 'make bench-decoding  time the cache, and generation with it; a quarter of an hour'
 	@echo 'make bench-paired  time this checkout against the src folder OLD=, ROUNDS=$(ROUNDS) in turns'
+	@echo 'make gpu        on a machine with a GPU, without installing anything: gpu-tests, then gpu-bench'
+	@echo 'make gpu-tests  the tests marked gpu'
+	@echo 'make gpu-bench  time attention on the GPU against what others offer'
+	@echo 'make gpu-packages  collect what these need in $(GPU_PATH), to be carried there'
 	@echo 'make structure  count the files that a call goes through, and statements'
 	@echo 'make test       the test suite: with run-time type checks, then the tests marked plain and interpreted'
 	@echo 'make test-oldest  the same with the oldest torch and transformers, in .venv-oldest'
@@ -118,6 +133,34 @@ bench-decoding: $(STAMP)
 bench-paired: $(STAMP)
 	$(BIN)/python benchmarks/paired.py --old '$(OLD)' --new src --rounds $(ROUNDS)
 
+# These run by PYTHON itself, which has a torch for its GPU, and not by .venv: there may be no
+# package index. A faulty kernel is timed as well, so that one run says everything.
+ON_GPU := PYTHONPATH="$(CURDIR)/src:$(abspath $(GPU_PATH))$${PYTHONPATH:+:$$PYTHONPATH}" '$(PYTHON)'
+
+gpu:
+	@$(ON_GPU) tests/gpu/needs.py
+	@code=0; \
+	$(MAKE) gpu-tests || code=$$?; \
+	$(MAKE) gpu-bench || code=$$?; \
+	exit $$code
+
+# A release that these tests never met may warn of something; here that hides nothing.
+gpu-tests:
+	@$(ON_GPU) tests/gpu/needs.py
+	@workers=; if $(ON_GPU) -c 'import xdist' 2>/dev/null; then workers='-n $(GPU_WORKERS)'; fi; \
+	set -x; $(ON_GPU) -m pytest -m gpu -W default $$workers $(GPU_TESTS) tests/gpu
+
+gpu-bench:
+	@$(ON_GPU) tests/gpu/needs.py
+	$(ON_GPU) benchmarks/gpu.py --seconds $(GPU_SECONDS) $(GPU_BENCH)
+
+# Pure Python and small libraries alone; torch, triton and transformers have to be there already.
+gpu-packages: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target '$(GPU_PATH)' \
+	    --python-version $(GPU_PYTHON) --implementation cp --only-binary :all: \
+	    --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 \
+	    -c $(CONSTRAINTS) $(PIP_ARGS) $$($(BIN)/python tests/gpu/needs.py --small)
+
 structure: $(STAMP)
 	$(BIN)/python benchmarks/structure.py
 
@@ -128,7 +171,7 @@ structure: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --jaxtyping-packages=colonnade,beartype.beartype -m 'not plain and not slow and not gpu and not interpreted'
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'plain and not slow and not gpu'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m interpreted tests/backends
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m interpreted tests/backends tests/gpu
 
 # Both ends of what pyproject.toml accepts, each in an environment of its own, which takes no torch
 # from PYTHON. --always-make looks for newer releases in every run.

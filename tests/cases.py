@@ -75,13 +75,20 @@ class Inputs(NamedTuple):
     grad_lse: Tensor
 
     def leaves(self) -> Leaves:
-        """Return query, key and value as tensors of their own that collect gradients."""
-        query, key, value = (t.detach().clone().requires_grad_() for t in self[:3])
+        """Return query, key and value as leaves that collect gradients, in the same memory.
+
+        A copy would lie in memory in another way.
+        """
+        query, key, value = (t.detach().requires_grad_() for t in self[:3])
         return query, key, value
 
     def double(self) -> Inputs:
         """Return the same numbers, rounded as they are, in float64."""
         return Inputs(*[t.double() for t in self])
+
+    def to(self, device: torch.device) -> Inputs:
+        """Return the same numbers on a device."""
+        return Inputs(*[t.to(device) for t in self])
 
     def part(self, positions: slice) -> Inputs:
         """Return the inputs of some positions, as many queries as keys."""
@@ -96,6 +103,10 @@ class Results(NamedTuple):
     grad_query: Tensor
     grad_key: Tensor
     grad_value: Tensor
+
+    def to(self, device: torch.device) -> Results:
+        """Return the same numbers on a device."""
+        return Results(*[t.to(device) for t in self])
 
     def part(self, positions: slice) -> Results:
         """Return the results of some positions, as many queries as keys."""

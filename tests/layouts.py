@@ -17,7 +17,7 @@ def heads_last(tensor: Tensor) -> Tensor:
 
 def misaligned(tensor: Tensor) -> Tensor:
     """Return it one entry behind the place where an allocation begins."""
-    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    room = tensor.new_empty(tensor.numel() + 1)
     return room[1:].view(tensor.shape).copy_(tensor)
 
 
@@ -41,7 +41,7 @@ def laid_out(inputs: Inputs, layout: str) -> Inputs:
 def expanded(inputs: Inputs) -> Inputs:
     """Return others with strides of 0: one key head for all, and a gradient that is one number."""
     one = inputs.key[:1, :1] if len(inputs.key) else inputs.key
-    grad_out = torch.ones((), dtype=inputs.grad_out.dtype)
+    grad_out = inputs.grad_out.new_ones(())
     return inputs._replace(
         key=one.expand_as(inputs.key), grad_out=grad_out.expand_as(inputs.grad_out)
     )

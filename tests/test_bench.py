@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from typer.testing import CliRunner
 
 import colonnade
 from colonnade import FixedPattern
-from colonnade.bench import flex, memory, timing
+from colonnade.bench import device, flex, memory, report, rivals, rows, timing
 from colonnade.bench.timing import Contender, Sizes, Spread
 from colonnade.cli import app
 from colonnade.plan.table import gathered_mask
+from tests.cli.common import PICTURES
 from tests.oracle import fixed_mask
 
 SMALL = Sizes(seq_len=40, stride=8, summary=2, heads=2, kv_heads=1, head_dim=16)
@@ -174,3 +180,157 @@ def test_tensors_are_those_of_the_sizes() -> None:
     assert query.shape == grad.shape == (3, 2, 40, 16)
     assert key.shape == value.shape == (3, 1, 40, 16)
     assert all(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in (query, key, value))
+
+
+def _of_positions(
+    reads: Callable[[Tensor, Tensor], Tensor], b: Tensor, h: Tensor, q: Tensor, k: Tensor
+) -> Tensor:
+    return reads(q, k)
+
+
+def test_block_masks_are_those_that_pytorch_makes() -> None:
+    """Lists of tiles, whole and in part; lengths that are no multiples of a tile."""
+    pattern, n = FixedPattern(8, 2), 43
+    slots, gathered = gathered_mask(pattern, n)
+    for reads, keys in ((pattern.reads, n), (gathered, len(slots) + n)):
+        for tile in ((8, 8), (16, 8), (16, 4)):
+            found = flex.block_mask(reads, n, keys, tile, torch.device("cpu"))
+            mask = partial(_of_positions, reads)
+            expected = create_block_mask(mask, None, None, n, keys, "cpu", tile)
+            assert found.shape == expected.shape
+            for name in ("kv", "full_kv", "q", "full_q"):
+                counts, others = (getattr(m, f"{name}_num_blocks") for m in (found, expected))
+                assert torch.equal(counts, others), (name, tile)
+                lists = [getattr(m, f"{name}_indices") for m in (found, expected)]
+                for row, count in enumerate(counts[0, 0].tolist()):
+                    one, other = (each[0, 0, row, :count] for each in lists)
+                    assert torch.equal(one, other), (name, tile, row)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("backward", [False, True])
+def test_rivals_on_a_gpu_give_the_same(kv_heads: int, backward: bool) -> None:
+    """As far as they run on a CPU; what cannot run says so when it is made."""
+    sizes = replace(SMALL, kv_heads=kv_heads, backward=backward)
+    here = rivals.Rivals(sizes, torch.device("cpu"))
+    dense, pinned, eager = (here.make(name)() for name in ("dense", "dense, flash", "eager"))
+    assert len(dense) == len(pinned) == len(eager) == (4 if backward else 1)
+    for one, other in zip(dense, pinned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    expected = timing.contenders(sizes, ["eager"])["eager"]()
+    for one, other in zip(eager[1:] if backward else [eager[0]], expected, strict=True):
+        torch.testing.assert_close(one, other.reshape(one.shape))
+    for name in (*rivals.FLASH, *rivals.FLEX):
+        with pytest.raises(NotImplementedError, match="it needs a GPU"):
+            here.make(name)
+    with pytest.raises(ValueError, match="a contender is one of"):
+        here.make("sparse")
+
+
+def test_the_first_rows_are_those_that_most_depends_on() -> None:
+    """And every size comes once."""
+    every = list(rows.jobs())
+    first = every[:8]
+    assert {job.sizes.seq_len for job in first} == {16_384, 131_072}
+    assert {(job.kind, job.sizes.kv_heads) for job in first} == {("attention", 16)}
+    assert len(set(every)) == len(every) == 2 * 2 * 2 * 2 * len(rows.LENGTHS)
+
+
+def test_a_failure_is_told_in_one_line() -> None:
+    assert device.reason_of(RuntimeError("one\n  two \n\n")) == "RuntimeError: two"
+    assert device.reason_of(AssertionError()) == "AssertionError: no reason given"
+
+
+def _made_up(n: int, backward: bool, **ratios: float) -> dict[str, Any]:
+    """Return a row in which "triton" takes a millisecond, and others as many as they are given."""
+    sizes = Sizes(n, heads=16, kv_heads=16, dtype="bfloat16", backward=backward)
+    row = {
+        "kind": "attention",
+        "sizes": asdict(sizes),
+        "pairs": sizes.num_pairs(),
+        "flop": rows.needed_flop(sizes),
+        "failed": {"flash-attn 3": "ModuleNotFoundError: No module named 'flash_attn_interface'"},
+        "peak_bytes": {"triton": 2 * n * 16 * 64},
+        "replayed": {},
+        "seconds": {"triton": asdict(Spread(1e-3, 9e-4, 2e-3))},
+        "ratio": {name: asdict(Spread(r, r - 0.5, r + 0.5)) for name, r in ratios.items()},
+    }
+    if n == 1_024:
+        row["replayed"] = {key: row[key] for key in ("seconds", "ratio")}
+    return row
+
+
+@pytest.fixture
+def made_up() -> dict[str, Any]:
+    """Return a result whose every number is known."""
+    flex_row = _made_up(16_384, False, **{"flex 128 × 64": 3.0, "flex, gathered 128 × 128": 1.5})
+    return {
+        "machine": {"versions": {"torch": "2.11"}, "gpus": [{"name": "Some GPU"}]},
+        "matrix": asdict(Spread(2e14, 1e14, 3e14)),
+        "rows": [
+            {**flex_row, "kind": "flex", "failed": {"flex 128 × 16": "ValueError: no"}},
+            _made_up(16_384, False, **{"dense": 12.0, "dense, flash": 9.0, "eager": 30.0}),
+            _made_up(16_384, True, **{"dense": 7.5, "dense, cuDNN": 8.5}),
+            _made_up(1_024, False, dense=1.25),
+        ],
+    }
+
+
+def test_a_report_has_the_fastest_dense_kernel_and_every_number(made_up: dict[str, Any]) -> None:
+    text = "\n".join(report.lines(made_up))
+    assert "On Some GPU, with torch 2.11." in text
+    assert "reaches 200 (100–300) TFLOP/s" in text
+    # 4 · 64 FLOPs for each of 16 · 9,379,840 pairs, in a millisecond.
+    assert (
+        "| forward | 64; 16 | 16,384 | 1 | 9.00 (8.50–9.50) flash |  |  | 30.00 (29.50–30.50) | "
+        "3.00 (2.50–3.50) 128 × 64 | 1.50 (1.00–2.00) 128 × 128 | 19% | 0.25 |"
+    ) in text
+    assert "| forward + backward | 64; 16 | 16,384 | 1 | 7.50 (7.00–8.00) |" in text
+    assert "| forward | 64; 16 | 1,024 | 1 | 1.25 (0.75–1.75) |\n" in text
+    assert "| 16,384 | 8 | 7.50 |" in text
+    assert "| 131,072 | 12 | not measured |" in text
+    assert "| every length | 1 | 1.25 |" in text
+    assert "- flex 128 × 16 did not run everywhere: ValueError: no" in text
+
+
+def test_only_the_marked_section_of_a_page_is_replaced(made_up: dict[str, Any]) -> None:
+    page = f"# GPUs\n\nbefore\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    filled = report.fill(page, made_up, "gpu.svg")
+    assert filled.startswith(f"# GPUs\n\nbefore\n{report.BEGIN}\n![Speed")
+    assert filled.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in filled
+    assert "(gpu.svg)" in filled
+    assert report.fill(filled, made_up, "gpu.svg") == filled
+    assert "svg" not in report.fill(filled, made_up, None)
+    for wrong in ("nothing", page + page, f"{report.END}\n{report.BEGIN}"):
+        with pytest.raises(ValueError, match="must have one section"):
+            report.fill(wrong, made_up, None)
+
+
+@pytest.mark.slow
+@pytest.mark.plain
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="needs triton, and no GPU to time",
+)
+def test_the_benchmark_of_a_gpu_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """In Triton's interpreter, at toy sizes: it writes rows, the page and its picture."""
+    out, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    page.write_text(f"# GPUs\n{report.BEGIN}\n{report.END}\n")
+    toy = ["--lengths", "20", "--widths", "8", "--heads", "2", "--rounds", "1", "--matrix", "16"]
+    files = ["--out", str(out), "--page", str(page)]
+    command = [sys.executable, "benchmarks/gpu.py", *toy, *files]
+    for options, count in (("--seconds 0", 0), ("--kinds attention", 4), ("--resume", 8)):
+        subprocess.run(
+            [*command, *options.split()],
+            check=True,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+        )
+        assert not count or len(json.loads(out.read_text())["rows"]) == count
+    kinds = [row["kind"] for row in json.loads(out.read_text())["rows"]]
+    assert kinds == ["attention"] * 4 + ["flex"] * 4
+    assert "| forward + backward | 8; 1 | 20 |" in page.read_text()
+    assert "](gpu.svg)" in page.read_text()
+    assert (tmp_path / "gpu.svg").read_bytes().startswith(PICTURES[".svg"])

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from colonnade.bench.process import last_line_of
 from colonnade.bench.timing import Comparison, Sizes, Spread, compare, contenders
@@ -46,6 +46,44 @@ def compare_tiles(
         except NotImplementedError as error:
             found[name] = str(error)
     return found
+
+
+def block_mask(
+    reads: Callable[[Tensor, Tensor], Tensor],
+    q_len: int,
+    kv_len: int,
+    tile: tuple[int, int],
+    device: torch.device,
+) -> BlockMask:
+    """Make a block mask one row of tiles after the other: no more pairs at once than those of one.
+
+    `create_block_mask` draws all pairs first, which are 16 GiB at 131,072 positions.
+    """
+    queries, keys = tile
+    columns = -(-kv_len // keys)
+    key = torch.arange(columns * keys, device=device)
+    some, whole = [], []
+    for begin in range(0, q_len, queries):
+        query = torch.arange(begin, begin + queries, device=device)[:, None]
+        seen = reads(query, key) & (key < kv_len) & (query < q_len)
+        seen = seen.view(queries, columns, keys)
+        some.append(seen.any(2).any(0))
+        whole.append(seen.all(2).all(0))
+    full = torch.stack(whole)
+    lists = [_listed(tiles) for tiles in (torch.stack(some) & ~full, full)]
+    return BlockMask.from_kv_blocks(
+        *lists[0],
+        *lists[1],
+        BLOCK_SIZE=tile,
+        mask_mod=lambda b, h, q, k: reads(q, k),
+        seq_lengths=(q_len, kv_len),
+    )
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of tiles in each row and their columns first, as `BlockMask` has them."""
+    order = tiles.int().argsort(dim=1, descending=True, stable=True)
+    return tiles.sum(1)[None, None].int(), order[None, None].int()
 
 
 def _read(line: str) -> Comparison:

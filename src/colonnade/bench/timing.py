@@ -64,13 +64,17 @@ class Sizes:
         """Return the number of pairs (query, key) over the batch and all query heads."""
         return self.batch * self.heads * self.pattern().num_pairs(self.seq_len)
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw queries, keys, values and a gradient of the output from a normal distribution."""
-        generator = torch.Generator().manual_seed(0)
+    def inputs(self, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw queries, keys, values and a gradient of the output from a normal distribution.
+
+        They are drawn on `device`; on the CPU if it is None.
+        """
+        device = torch.device("cpu") if device is None else device
+        generator = torch.Generator(device).manual_seed(0)
         query, key, value, grad = (
-            torch.randn(self.batch, h, self.seq_len, self.head_dim, generator=generator).to(
-                getattr(torch, self.dtype)
-            )
+            torch.randn(
+                self.batch, h, self.seq_len, self.head_dim, generator=generator, device=device
+            ).to(getattr(torch, self.dtype))
             for h in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         )
         if self.backward:
