@@ -5,8 +5,8 @@
 #             environments of test-oldest and test-newest never take it.
 #   PIP_ARGS  handed to pip install, such as an index that holds another build of torch.
 #   MINUTES   how long `make demo` trains.
-#   CALLS     how many calls of the operations `make fuzz` draws, BATCHES how many batches for whole
-#             models, and SEED from where.
+#   CALLS     how many calls of the operations `make fuzz` draws, INTERPRETED_CALLS how many of
+#             backend triton, BATCHES how many batches for whole models, and SEED from where.
 #   GPU_PATH  a folder of packages that PYTHON lacks, for `make gpu`, which installs nothing.
 #             `make gpu-packages` fills it for a Python GPU_PYTHON on Linux x86-64.
 #   GPU_WORKERS  processes of `make gpu-tests`, where pytest-xdist is there; one compiles while
@@ -18,6 +18,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 MINUTES ?= 3
 CALLS ?= 10000
+INTERPRETED_CALLS ?= 1000
 BATCHES ?= 2000
 SEED ?=
 OLD ?=
@@ -51,7 +52,7 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 CXX ?= c++
 CPP_SOURCES := $(wildcard src/colonnade/backends/native/csrc/*)
 
-.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired gpu gpu-tests gpu-bench gpu-packages structure test test-oldest test-newest test-slow fuzz sanitize lint format clean
+.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired gpu gpu-tests gpu-bench gpu-packages gpu-code structure test test-oldest test-newest test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
@@ -65,13 +66,14 @@ help:
 	@echo 'make gpu-tests  the tests marked gpu'
 	@echo 'make gpu-bench  time attention on the GPU against what others offer'
 	@echo 'make gpu-packages  collect what these need in $(GPU_PATH), to be carried there'
+	@echo 'make gpu-code   compile every Triton kernel for GPUs that are not there; a quarter of an hour'
 	@echo 'make structure  count the files that a call goes through, and statements'
 	@echo 'make test       the test suite: with run-time type checks, then the tests marked plain and interpreted'
 	@echo 'make test-oldest  the same with the oldest torch and transformers, in .venv-oldest'
 	@echo 'make test-newest  the same with the newest release of everything, in .venv-newest'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make fuzz       CALLS=$(CALLS) drawn calls and BATCHES=$(BATCHES) batches of whole models against the'
-	@echo '                definition; SEED= repeats a run'
+	@echo '                definition, then INTERPRETED_CALLS=$(INTERPRETED_CALLS) of backend triton; SEED= repeats a run'
 	@echo 'make sanitize   the tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make lint       formatting, lint and types'
 	@echo 'make format     reformat Python and C++, and fix what ruff can fix'
@@ -161,6 +163,9 @@ gpu-packages: $(STAMP)
 	    --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux2010_x86_64 \
 	    -c $(CONSTRAINTS) $(PIP_ARGS) $$($(BIN)/python tests/gpu/needs.py --small)
 
+gpu-code: $(STAMP)
+	$(BIN)/python benchmarks/gpu_code.py
+
 structure: $(STAMP)
 	$(BIN)/python benchmarks/structure.py
 
@@ -188,6 +193,7 @@ test-slow: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --calls $(CALLS) --batches $(BATCHES) $(if $(SEED),--seed $(SEED))
+	TRITON_INTERPRET=1 $(BIN)/python -m tests.fuzz --backend triton --calls $(INTERPRETED_CALLS) $(if $(SEED),--seed $(SEED))
 
 sanitize: $(STAMP)
 	COLONNADE_CACHE=build/sanitize COLONNADE_CXXFLAGS='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \

@@ -1,6 +1,7 @@
 """Drawn calls of the public operations against the definition: `make fuzz`, or
 
     python -m tests.fuzz --calls 10000 --seed 1
+    TRITON_INTERPRET=1 python -m tests.fuzz --backend triton --calls 1000
 
 Calls are drawn by the strategies of the suite and held to its bounds from rounding. Every call has
 bytes of its own to be drawn from, made of the run's seed and its number, so that `--only NUMBER`
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ GROUPS = (1, 1, 2, 3)
 WIDTHS = (1, 3, 5, 8, 16, 17, 24, 33, 64, 65)
 SCALES = (0.0, -0.6, 1e-3, 0.25, 0.25, 0.5, 1.0, 30.0)
 DTYPES = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-DTYPES_OF_NATIVE = st.sampled_from((torch.float32, torch.bfloat16))
+DTYPES_OF = {
+    "native": st.sampled_from((torch.float32, torch.bfloat16)),
+    # Its interpreter has no bfloat16.
+    "triton": st.sampled_from((torch.float32, torch.float16)),
+}
+"""Types of the backends that do not compute in all of them, and run fixed patterns only."""
+LONGEST_INTERPRETED = st.sampled_from((6, 20, 20, 60, 150))
 KINDS = st.sampled_from((*["numbers"] * 8, "large", "equal", "bad", "dropout", "modes"))
 ANY_LAYOUT = st.sampled_from((*LAYOUTS, "expanded"))
 THREE_IN_FIVE = st.sampled_from((True, True, True, False, False))
@@ -74,12 +81,13 @@ class Call:
 
 
 @cache
-def _cases(longest: int, fixed: bool) -> st.SearchStrategy[Case]:
-    """Draw cases with empty tensors and the widths of kernels; causal fixed patterns, or any."""
+def _cases(longest: int, backend: str, fixed: bool) -> st.SearchStrategy[Case]:
+    """Draw cases with empty tensors and the widths of kernels; fixed patterns, or any."""
     strides = STRIDES | st.integers(1, longest)
+    causal = None if backend == "triton" else True
     return cases(
         longest,
-        fixed_patterns(causal=True, strides=strides) if fixed else patterns(strides=strides),
+        fixed_patterns(causal=causal, strides=strides) if fixed else patterns(strides=strides),
         min_len=0,
         batches=BATCHES if longest < 300 else (1,),
         groups=GROUPS,
@@ -89,11 +97,11 @@ def _cases(longest: int, fixed: bool) -> st.SearchStrategy[Case]:
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> Call:
+def calls(draw: st.DrawFn, backend: str | None) -> Call:
     """Draw any call; of causal fixed patterns most often, and three in ten of documents."""
-    backend = draw(BACKENDS)
-    native = backend == "native"
-    case = draw(_cases(draw(LONGEST), native or draw(st.booleans())))
+    backend = draw(BACKENDS) if backend is None else backend
+    longest = draw(LONGEST_INTERPRETED if backend == "triton" else LONGEST)
+    case = draw(_cases(longest, backend, backend in DTYPES_OF or draw(st.booleans())))
     lengths = None
     if draw(st.integers(0, 9)) < 3:
         lengths = draw(cuts(case.kv_len))
@@ -101,7 +109,7 @@ def calls(draw: st.DrawFn) -> Call:
     return Call(
         case,
         backend,
-        draw(DTYPES_OF_NATIVE if native else DTYPES),
+        draw(DTYPES_OF.get(backend, DTYPES)),
         draw(ANY_LAYOUT),
         lengths,
         draw(THREE_IN_FIVE),
@@ -111,12 +119,12 @@ def calls(draw: st.DrawFn) -> Call:
 
 
 @cache
-def _from_bytes() -> Callable[[bytes], Call]:
+def _from_bytes(backend: str | None) -> Callable[[bytes], Call]:
     """Return a function that draws a call from bytes, by the way hypothesis has for fuzzers."""
     found: list[Call] = []
 
     @settings(database=None, deadline=None)
-    @given(calls())
+    @given(calls(backend))
     def keep(call: Call) -> None:
         found.append(call)
 
@@ -129,9 +137,9 @@ def _from_bytes() -> Callable[[bytes], Call]:
     return draw
 
 
-def drawn(seed: int, number: int) -> Call:
-    """Return call `number` of a run."""
-    return _from_bytes()(random.Random(f"{seed} {number}").randbytes(BYTES))
+def drawn(seed: int, number: int, backend: str | None = None) -> Call:
+    """Return call `number` of a run, of one backend or of any."""
+    return _from_bytes(backend)(random.Random(f"{seed} {number}").randbytes(BYTES))
 
 
 def make_inputs(call: Call) -> Inputs:
@@ -200,7 +208,9 @@ def _check_numbers(call: Call, inputs: Inputs) -> None:
     """Assert that each part of the sequence has the results of the definition."""
     if not call.return_lse:
         inputs = inputs._replace(grad_lse=torch.zeros_like(inputs.grad_lse))
-    rounded_operands = call.dtype == torch.bfloat16 and call.backend in ("native", "auto")
+    rounded_operands = (call.dtype == torch.bfloat16 and call.backend in ("native", "auto")) or (
+        call.dtype != torch.float32 and call.backend == "triton"
+    )
     found = run(call, inputs)
     for part, case in parts(call):
         if case.batch * case.q_len == 0:
@@ -216,7 +226,7 @@ def _check_numbers(call: Call, inputs: Inputs) -> None:
 
 def _check_dropout(call: Call, inputs: Inputs) -> None:
     """Assert that a seed drops the same weights again, all is finite, and the lse is untouched."""
-    if call.backend in ("native", "auto"):
+    if call.backend in ("auto", *DTYPES_OF):
         call = replace(call, backend="eager")
     results = []
     for _ in range(2):
@@ -257,7 +267,7 @@ def _check_modes(call: Call, inputs: Inputs) -> None:
 
     In forward mode: the tangent along v, weighted by g, is the gradient for g along v.
     """
-    if call.backend != "native":
+    if call.backend not in DTYPES_OF:
         inputs = Inputs(*(t.double() for t in inputs))
     tangents: list[Tensor] = []
     leaves = tuple(t.detach().clone().requires_grad_() for t in inputs[:3])
@@ -274,7 +284,7 @@ def _check_modes(call: Call, inputs: Inputs) -> None:
     assert refused is (call.backend != "reference"), "second derivatives are not as expected"
     points = tuple(t.detach() for t in leaves)
     refused = _refused(lambda: tangents.append(torch.func.jvp(loss, points, ways)[1]))
-    assert refused is (call.backend in ("native", "eager")), "forward mode is not as expected"
+    assert refused is (call.backend in ("eager", *DTYPES_OF)), "forward mode is not as expected"
     for tangent in tangents:
         torch.testing.assert_close(tangent, along.detach(), rtol=1e-8, atol=1e-8)
 
@@ -294,10 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=10_000, help="calls of the operations")
     parser.add_argument("--batches", type=int, default=0, help="batches given to whole models")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
+    parser.add_argument("--backend", choices=USABLE, help="draw calls of this one only")
     parser.add_argument("--only", type=int, help="the number of one of them to repeat")
     chosen = parser.parse_args(arguments)
     print(f"seed {chosen.seed}", flush=True)
-    wrong = _search("call", chosen.calls, chosen, drawn, check_call)
+    of_backend = partial(drawn, backend=chosen.backend)
+    wrong = _search("call", chosen.calls, chosen, of_backend, check_call)
     wrong += _search("batch", chosen.batches, chosen, draw_batch, check_batch)
     return 1 if wrong else 0
 

@@ -22,12 +22,14 @@ from typer.testing import CliRunner
 import colonnade
 from colonnade import FixedPattern
 from colonnade.bench import device, flex, memory, report, rivals, rows, timing
+from colonnade.bench.sections import marks
 from colonnade.bench.timing import Contender, Sizes, Spread
 from colonnade.cli import app
 from colonnade.plan.table import gathered_mask
 from tests.cli.common import PICTURES
 from tests.oracle import fixed_mask
 
+BEGIN, END = marks("measured")
 SMALL = Sizes(seq_len=40, stride=8, summary=2, heads=2, kv_heads=1, head_dim=16)
 needs_native = pytest.mark.skipif(
     colonnade.backends()["native"] is not None, reason="native is not usable here"
@@ -295,15 +297,15 @@ def test_a_report_has_the_fastest_dense_kernel_and_every_number(made_up: dict[st
 
 
 def test_only_the_marked_section_of_a_page_is_replaced(made_up: dict[str, Any]) -> None:
-    page = f"# GPUs\n\nbefore\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    page = f"# GPUs\n\nbefore\n{BEGIN}\nold\n{END}\nafter\n"
     filled = report.fill(page, made_up, "gpu.svg")
-    assert filled.startswith(f"# GPUs\n\nbefore\n{report.BEGIN}\n![Speed")
-    assert filled.endswith(f"\n{report.END}\nafter\n")
+    assert filled.startswith(f"# GPUs\n\nbefore\n{BEGIN}\n![Speed")
+    assert filled.endswith(f"\n{END}\nafter\n")
     assert "old" not in filled
     assert "(gpu.svg)" in filled
     assert report.fill(filled, made_up, "gpu.svg") == filled
     assert "svg" not in report.fill(filled, made_up, None)
-    for wrong in ("nothing", page + page, f"{report.END}\n{report.BEGIN}"):
+    for wrong in ("nothing", page + page, f"{END}\n{BEGIN}"):
         with pytest.raises(ValueError, match="must have one section"):
             report.fill(wrong, made_up, None)
 
@@ -317,7 +319,7 @@ def test_only_the_marked_section_of_a_page_is_replaced(made_up: dict[str, Any]) 
 def test_the_benchmark_of_a_gpu_goes_on_where_it_ended(tmp_path: Path) -> None:
     """In Triton's interpreter, at toy sizes: it writes rows, the page and its picture."""
     out, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
-    page.write_text(f"# GPUs\n{report.BEGIN}\n{report.END}\n")
+    page.write_text(f"# GPUs\n{BEGIN}\n{END}\n")
     toy = ["--lengths", "20", "--widths", "8", "--heads", "2", "--rounds", "1", "--matrix", "16"]
     files = ["--out", str(out), "--page", str(page)]
     command = [sys.executable, "benchmarks/gpu.py", *toy, *files]

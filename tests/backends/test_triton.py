@@ -17,6 +17,7 @@ from colonnade import FixedPattern, StridedPattern, attention, explain
 from colonnade.backends.call import Kept
 from colonnade.backends.choice import run
 from colonnade.ops.check import make_call
+from tests import fuzz
 from tests.cases import Case, attend, attend_by_products, both, cases, fixed_patterns, output
 from tests.layouts import LAYOUTS, expanded, laid_out
 from tests.packing import attend_packed, cu_seqlens_of, documents, packed_case
@@ -70,6 +71,11 @@ def test_drawn_calls_against_the_definition(case: Case) -> None:
     found = attend(case, inputs, "triton")
     if case.q_len * case.batch:
         check(case, inputs, found, attend_by_products(case, inputs))
+
+
+def test_a_few_calls_of_the_fuzzing(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--backend", "triton", "--calls", "8", "--seed", "7"]
+    assert fuzz.main(arguments) == 0, capsys.readouterr().out
 
 
 @each_type

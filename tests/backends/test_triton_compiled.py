@@ -6,10 +6,12 @@ The interpreter takes what the compiler refuses. Each kernel takes a second or t
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +29,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton is there for Linux alone"),
 ]
 KERNELS = ("attend_pieces", "grad_query_of_pieces", "grad_of_slots", "grad_of_own_keys")
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-"""The most bytes of shared memory that a program may have, by compute capability."""
+ROOT = Path(__file__).parents[2]
 Compiled = list[tuple[str, Any]]
 
 
@@ -101,18 +102,51 @@ def test_the_compiler_takes_every_kernel(
         assert (products > 0) == (dtype == torch.bfloat16), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 256), (33, 200), (1, 7)])
-def test_every_kernel_has_room_in_shared_memory(
-    capability: int,
-    dtype: torch.dtype,
-    widths: tuple[int, int],
-    compile_for: Callable[[int, Case, torch.dtype], Compiled],
+@pytest.mark.parametrize(
+    ("kernel", "target", "dtype", "width"),
+    [
+        ("forward", "sm_90", "bf16", 128),
+        ("query", "sm_80", "bf16", 128),
+        ("slots", "sm_100", "bf16", 64),
+        ("own", "sm_90", "fp16", 96),
+        ("forward", "sm_120", "fp32 as TF32", 64),
+        ("own", "gfx942", "fp32", 64),
+    ],
+)
+def test_machine_code_keeps_what_it_computes_with_in_registers(
+    kernel: Any, target: str, dtype: str, width: int
 ) -> None:
-    case = Case(FixedPattern(128, 8), 1, 2, 2, 300, 300, *widths)
-    compiled = compile_for(capability, case, dtype)
-    assert [name for name, _ in compiled] == list(KERNELS)
-    for name, kernel in compiled:
-        assert kernel.metadata.shared <= SHARED[capability], name
+    """A slice of `make gpu-code`, for the kernels as they are now."""
+    from colonnade.bench.machine_code import Case, compile_case, complaint
+
+    case = Case(kernel, target, dtype, width)
+    config = case.configuration()
+    assert config is not None
+    code = compile_case(case, config)
+    assert complaint(case, code) is None
+    assert code.spilled == 0
+    assert code.matrix > 0
+    assert code.blocks >= 1
+
+
+def test_too_large_a_tile_is_found_out() -> None:
+    from colonnade.backends.triton.configurations import Configuration
+    from colonnade.bench.machine_code import Case, compile_case, complaint
+
+    case = Case("forward", "sm_80", "bf16", 256)
+    why = complaint(case, compile_case(case, Configuration(64, 32, 4, 1)))
+    assert why is not None
+    assert why.startswith("spills ")
+
+
+def test_the_recorded_machine_code_is_that_of_the_table() -> None:
+    """Each row of benchmarks/gpu_code.json has today's configuration, and none is wrong."""
+    from colonnade.bench.machine_code import Case, every_case, wrong
+
+    recorded = json.loads((ROOT / "benchmarks" / "gpu_code.json").read_text())
+    cases = [Case(*(row[name] for name in Case._fields)) for row in recorded["rows"]]
+    assert cases == every_case()
+    for case, row in zip(cases, recorded["rows"], strict=True):
+        config = case.configuration()
+        assert row.get("configuration") == (None if config is None else config._asdict())
+        assert wrong(row) is None

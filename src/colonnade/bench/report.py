@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from colonnade.bench import sections
 from colonnade.bench.rivals import DENSE, FLASH, FLEX
 
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 OTHERS = (*FLASH, "eager")
 BARS = {16_384: 8.0, 131_072: 12.0}
 """At least how many times as fast as dense attention backend "triton" is to be, by length."""
@@ -15,17 +15,13 @@ Row = dict[str, Any]
 
 
 def fill(page: str, result: dict[str, Any], picture: str | None) -> str:
-    """Return a page of Markdown whose marked section holds what was found, and nothing else.
+    """Return a page of Markdown whose section "measured" holds what was found.
 
     Raises:
-        ValueError: The page has no marked section, or several.
+        ValueError: The page has no such section, or several.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page must have one section from {BEGIN} to {END}.")
-    before, rest = page.split(BEGIN)
     shown = [f"![Speed relative to dense causal attention over the length]({picture})", ""]
-    text = "\n".join([*(shown if picture else []), *lines(result)])
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    return sections.fill(page, "measured", [*(shown if picture else []), *lines(result)])
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:

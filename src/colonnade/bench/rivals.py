@@ -39,7 +39,7 @@ FLEX = {
 """FlexAttention over all keys, or over [slots ; keys] as the plan has them, at each tile."""
 NAMES = ("triton", *DENSE, *FLASH, "eager", *FLEX)
 LONGEST_EAGER = 16_384
-"""Longest sequence that "eager" is timed on: it runs a Python loop over rows of queries."""
+"""Longest sequence that "eager" is timed on: its scores go through memory, which takes long."""
 
 
 class Rivals:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from colonnade.backends.triton.tiles import (
+    COUNTS,
     load,
     load_each,
     of_head,
@@ -28,7 +29,7 @@ from colonnade.backends.triton.tiles import (
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_query_of_pieces(
     query,
     key,
@@ -90,7 +91,7 @@ def grad_query_of_pieces(
     store(of_query_head(grad_query, batch, head, member), acc, row, is_row, S.qk_dim, S.qk_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_of_slots(
     query,
     slot_key,
@@ -146,7 +147,7 @@ def grad_of_slots(
     store(sums, acc_v, slot, is_slot, S.v_dim, S.v_width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_of_own_keys(
     query,
     key,

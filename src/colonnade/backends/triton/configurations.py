@@ -84,7 +84,9 @@ TABLE: tuple[Row, ...] = (
     Row("ieee", BACKWARD, 128, Configuration(16, 16, 8, 1), AMD),
     Row("ieee", QUERY, 256, Configuration(32, 16, 4, 1), AMD),
     Row("ieee", KERNELS, 256, Configuration(16, 16, 8, 1), AMD),
-    # A row of 128 queries in one tile.
+    # A row of 128 queries in one tile. Masks of widths that are no powers of two take registers.
+    Row("half", FORWARD, 64, Configuration(128, 64, 8, 2)),
+    Row("half", FORWARD, 128, Configuration(128, 32, 8, 2), ("sm_120",)),
     Row("half", FORWARD, 128, Configuration(128, 64, 8, 2)),
     # The output takes half of the registers.
     Row("half", FORWARD, 256, Configuration(64, 32, 8, 2), WARP_GROUPS),
@@ -103,7 +105,7 @@ TABLE: tuple[Row, ...] = (
     # Elements are twice as large.
     Row("tf32", FORWARD, 64, Configuration(64, 32, 4, 2)),
     Row("tf32", FORWARD, 128, Configuration(64, 32, 8, 2), WARP_GROUPS),
-    Row("tf32", FORWARD, 128, Configuration(32, 32, 4, 2)),
+    Row("tf32", FORWARD, 128, Configuration(32, 32, 8, 2)),
     Row("tf32", FORWARD, 256, Configuration(16, 16, 8, 1)),
     Row("tf32", QUERY, 64, Configuration(64, 32, 8, 2)),
     Row("tf32", QUERY, 128, Configuration(32, 32, 8, 1)),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from colonnade.backends.triton.tiles import (
+    COUNTS,
     load,
     load_whole,
     of_head,
@@ -24,7 +25,7 @@ from colonnade.backends.triton.tiles import (
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attend_pieces(
     query,
     key,

@@ -40,8 +40,6 @@ Result = TypeVar("Result")
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether Triton interprets kernels, on the CPU, as TRITON_INTERPRET=1 asks for."""
 LOG2_E = 1.4426950408889634
-PROGRAMS = 1024
-"""Programs of a kernel that keep any GPU busy."""
 
 
 class Group(NamedTuple):
@@ -269,9 +267,8 @@ def _most_shares(run: _Run, config: Configuration) -> int:
     tiles = run.slots[0].shape[:3].numel() // config.keys
     sums = 4 * sum(t.numel() for t in run.slots)
     given = 2 * run.query.numel() + sum(t.numel() for t in run.own)
-    return max(
-        1, min(PROGRAMS // max(tiles, 1), given * run.query.element_size() // max(2 * sums, 1))
-    )
+    in_memory = given * run.query.element_size() // max(2 * sums, 1)
+    return max(1, min(work.busy_shares(tiles), in_memory))
 
 
 def _grad_own_keys(

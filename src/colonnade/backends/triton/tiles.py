@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+COUNTS = ("num_pieces", "num_tiles", "heads")
+"""Arguments that follow lengths. By itself Triton compiles a kernel again for numbers that are 1 or
+a multiple of 16, and here there is nothing to gain by that."""
+
 
 class Array(NamedTuple):
     """A tensor as a kernel sees it: the address of its first element, and all strides."""

@@ -13,6 +13,14 @@ from torch.nn import functional as F
 
 from colonnade.plan.table import Plan
 
+PROGRAMS = 1024
+"""Programs of a kernel that keep any GPU busy."""
+
+
+def busy_shares(tiles: int) -> int:
+    """Return how many shares of the queries that many tiles of slots need, to keep a GPU busy."""
+    return max(PROGRAMS // max(tiles, 1), 1)
+
 
 def gather(plan: Plan) -> Tensor:
     """Return [heads, slots], the key that fills each slot."""

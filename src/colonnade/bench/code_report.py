@@ -1,0 +1,97 @@
+"""Tables of the machine code of the Triton kernels, and of the times predicted from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby, product
+from typing import Any
+
+from colonnade.backends.triton.configurations import KERNELS, Configuration, Kernel
+from colonnade.bench import sections
+from colonnade.bench.machine_code import DTYPES, WIDTHS, Code
+from colonnade.bench.roofline import GPUS, Gpu, Prediction, predict
+from colonnade.pattern import FixedPattern
+
+LENGTHS = tuple(1_024 << power for power in range(8))
+PATTERN, HEADS = FixedPattern(128, 8), 16
+
+
+def fill(page: str, result: dict[str, Any]) -> str:
+    """Return a page of Markdown whose sections "machine code" and "prediction" hold the tables.
+
+    Raises:
+        ValueError: The page has no such section, or several.
+    """
+    page = sections.fill(page, "machine code", tables(result))
+    return sections.fill(page, "prediction", predictions(result))
+
+
+def tables(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the tables in Markdown: widths 64 and 128 in bfloat16, then the rest."""
+    rows = {(r["target"], r["dtype"], r["width"], r["kernel"]): r for r in result["rows"]}
+    yield (
+        f"By Triton {result['triton']}, in bfloat16. Each cell: registers of a thread, bytes "
+        "spilled, KiB of shared memory, matrix instructions, programs that a processor holds at "
+        "once."
+    )
+    yield ""
+    yield "| device | width | forward | gradients of queries | of slots | of own keys |"
+    yield "|---|---|---|---|---|---|"
+    for target, width in product(result["targets"], (64, 128)):
+        cells = (_cell(rows[target, "bf16", width, kernel]) for kernel in KERNELS)
+        yield f"| {target} | {width} | {' | '.join(cells)} |"
+    yield ""
+    yield "Most bytes spilled by any kernel at widths " + ", ".join(map(str, WIDTHS)) + ":"
+    yield ""
+    yield f"| device | {' | '.join(DTYPES)} |"
+    yield "|---" * (len(DTYPES) + 1) + "|"
+    for target in result["targets"]:
+        cells = (_spilled([r for r in result["rows"] if _is(r, target, t)]) for t in DTYPES)
+        yield f"| {target} | {' | '.join(cells)} |"
+
+
+def _is(row: dict[str, Any], target: str, dtype: str) -> bool:
+    return bool(row["target"] == target and row["dtype"] == dtype)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    code = Code(**row["code"])
+    return (
+        f"{code.registers}, {code.spilled}, {code.shared / 1024:.0f}, {code.matrix}, {code.blocks}"
+    )
+
+
+def _spilled(rows: list[dict[str, Any]]) -> str:
+    """Return the most bytes spilled at each width; "declined" where some kernel is."""
+    if not rows:
+        return "no such instruction"
+    words = []
+    for _, of_width in groupby(rows, key=lambda row: row["width"]):
+        some = list(of_width)
+        declined = any(row.get("declined") for row in some)
+        words.append("declined" if declined else str(max(row["code"]["spilled"] for row in some)))
+    return ", ".join(words)
+
+
+def predictions(result: dict[str, Any]) -> Iterator[str]:
+    """Yield a table in Markdown of the predicted times, and what is to be compared with them."""
+    rows = {(r["target"], r["dtype"], r["width"], r["kernel"]): r for r in result["rows"]}
+    columns = "GPU, width, n, wanted, forward: ms, × dense, with backward: ms, × dense, measured"
+    yield f"| {columns.replace(', ', ' | ')} |"
+    yield "|---" * (columns.count(",") + 1) + "|"
+    for (name, gpu), width, length in product(GPUS.items(), (64, 128), LENGTHS):
+        of_kernel = {kernel: rows[gpu.target, "bf16", width, kernel] for kernel in KERNELS}
+        once, both = (_predict(gpu, length, width, of_kernel, way) for way in (False, True))
+        yield (
+            f"| {name} | {width} | {length:,} | {once.wanted:.0%} | {1e3 * once.seconds:.3g} | "
+            f"{once.dense / once.seconds:.1f} | {1e3 * both.seconds:.3g} | "
+            f"{both.dense / both.seconds:.1f} | |"
+        )
+
+
+def _predict(
+    gpu: Gpu, length: int, width: int, rows: dict[Kernel, dict[str, Any]], backward: bool
+) -> Prediction:
+    configurations = {kernel: Configuration(**row["configuration"]) for kernel, row in rows.items()}
+    blocks = {kernel: int(row["code"]["blocks"]) for kernel, row in rows.items()}
+    return predict(gpu, length, width, HEADS, configurations, blocks, backward, PATTERN)
