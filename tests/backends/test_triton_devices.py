@@ -10,6 +10,7 @@ import torch
 from colonnade import FixedPattern
 from colonnade.backends import choice, triton
 from colonnade.backends.choice import choose
+from colonnade.backends.triton import configurations
 from colonnade.ops.check import make_call
 
 CUDA = torch.device("cuda", 0)
@@ -18,6 +19,8 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An H100 with Triton, whose properties a test may change."""
+    monkeypatch.setattr(configurations, "name_of", configurations.name_of.__wrapped__)
+    monkeypatch.setattr(triton, "name_of", configurations.name_of)
     found = SimpleNamespace(major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(

@@ -209,6 +209,12 @@ def test_what_was_tuned_is_kept(
     assert all(map(torch.equal, again, found))
 
 
+def test_a_capture_times_nothing(tuning: Any, sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_milliseconds", None)
+    assert tuning.tuned(sizes, TABLE, None) == TABLE
+    assert sizes not in tuning._known
+
+
 @pytest.mark.parametrize(
     "damaged",
     [

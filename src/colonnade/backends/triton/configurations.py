@@ -7,6 +7,7 @@ it to the bounds of `bench.machine_code`; what no row fits is declined.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -132,6 +133,7 @@ def precision_of(dtype: torch.dtype, device: torch.device) -> Precision:
     return "tf32" if asked == "tf32" and device.type == "cuda" and not torch.version.hip else "ieee"
 
 
+@functools.cache
 def name_of(device: torch.device) -> str:
     """Return the name of a device as in `CHECKED`; of one that is no GPU of these, its type."""
     if device.type != "cuda":
@@ -145,7 +147,7 @@ def name_of(device: torch.device) -> str:
 def reason_no_tile_fits(dtype: torch.dtype, width: int, device: torch.device) -> str | None:
     """Return why no row of the table fits, as a clause, or None if each kernel has one."""
     target, precision = name_of(device), precision_of(dtype, device)
-    if all(configuration(kernel, precision, width, target, 1) for kernel in KERNELS):
+    if all(_row(kernel, precision, width, target) for kernel in KERNELS):
         return None
     of = f"{dtype} in matrix instructions of TF32" if precision == "tf32" else str(dtype)
     return f"has no tile for {of} at a width of {width} that fits the registers of {target}"
@@ -163,11 +165,18 @@ def configuration(
         target: Name of the device as in `CHECKED`.
         longest: Most queries of a row of the table; a tile of more would be empty in part.
     """
+    row = _row(kernel, precision, width, target)
+    if row is None:
+        return None
+    return row.configuration._replace(queries=min(row.configuration.queries, power_of_two(longest)))
+
+
+@functools.lru_cache
+def _row(kernel: Kernel, precision: Precision, width: int, target: str) -> Row | None:
     for row in TABLE:
         holds = row.precision == precision and kernel in row.kernels and width <= row.widest
         if holds and (not row.on or target in row.on):
-            found = row.configuration
-            return found._replace(queries=min(found.queries, power_of_two(longest)))
+            return row
     return None
 
 

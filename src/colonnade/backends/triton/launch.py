@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from colonnade.backends.tracing.device import kept_on_device
+from colonnade.backends.tracing.device import is_capturing, kept_on_device
 from colonnade.backends.triton import tuning, work
 from colonnade.backends.triton.backward import (
     grad_of_own_keys,
@@ -97,7 +97,8 @@ class _Run:
             reason = reason_no_tile_fits(self.query.dtype, width, self.device)
             raise NotImplementedError(f"backend 'triton' {reason}.")
         if tuning.is_asked_for():
-            found = tuning.tuned(self._sizes(kernel, target, precision), found, launch)
+            sizes = self._sizes(kernel, target, precision)
+            found = tuning.tuned(sizes, found, None if is_capturing(self.device) else launch)
         return launch(found)
 
     def _sizes(self, kernel: Kernel, target: str, precision: Precision) -> tuning.Sizes:

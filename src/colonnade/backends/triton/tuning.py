@@ -69,11 +69,18 @@ def is_asked_for() -> bool:
     return is_on("COLONNADE_AUTOTUNE", default=False)
 
 
-def tuned(sizes: Sizes, of_table: Configuration, launch: Launch) -> Configuration:
-    """Return the fastest configuration of a kernel, timed now unless it ever was."""
-    if sizes not in _known:
-        _known[sizes] = _read(sizes) or _fastest(sizes, of_table, launch)
-    return _known[sizes]
+def tuned(sizes: Sizes, of_table: Configuration, launch: Launch | None) -> Configuration:
+    """Return the fastest configuration of a kernel, timed now unless it ever was.
+
+    Without `launch` nothing can be timed, and one that never was is that of the table.
+    """
+    found = _known.get(sizes) or _read(sizes)
+    if found is None:
+        if launch is None:
+            return of_table
+        found = _fastest(sizes, of_table, launch)
+    _known[sizes] = found
+    return found
 
 
 def neighbours(of_table: Configuration, longest: int) -> Iterator[Configuration]:
