@@ -46,6 +46,16 @@ def test_an_old_package_is_named_with_both_releases(monkeypatch: pytest.MonkeyPa
     assert list(needs.lacking()) == ["pytest 9 or newer (here it is 8.4.1)", "no_such_package"]
 
 
+def test_what_takes_long_or_fails_later_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But it stops nothing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    said = "\n".join(needs.doubts())
+    assert "neither gcc nor clang" in said
+    assert "without pytest-xdist" in said
+
+
 def test_what_is_collected_is_pinned() -> None:
     """Each by its name in constraints.txt, and none of the large ones."""
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().split("\n")}
