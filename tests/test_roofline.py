@@ -73,6 +73,22 @@ def test_the_page_holds_what_was_recorded() -> None:
     assert code_report.fill(page, recorded) == page
 
 
+def test_a_kernel_that_is_declined_is_listed_and_not_predicted() -> None:
+    """`make gpu-code` says so after the tables, which have to be written before."""
+    recorded = json.loads((ROOT / "benchmarks" / "gpu_code.json").read_text())
+    for row in recorded["rows"]:
+        if (row["kernel"], row["target"], row["dtype"]) == ("own", "sm_90", "bf16"):
+            row.pop("code")
+            row["declined"] = True
+    assert any(
+        line.startswith("| sm_90 | 64 | ") and line.endswith(" | declined |")
+        for line in code_report.tables(recorded)
+    )
+    predicted = "\n".join(code_report.predictions(recorded))
+    assert "| A100 SXM" in predicted
+    assert "| H100 SXM" not in predicted
+
+
 @pytest.mark.slow
 @pytest.mark.plain
 @pytest.mark.timeout(1_200)
