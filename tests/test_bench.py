@@ -321,7 +321,8 @@ def test_the_page_of_a_run_that_was_killed_can_be_written_later(
     out, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
     out.write_text(json.dumps(made_up))
     page.write_text(f"# GPUs\n{BEGIN}\n{END}\n")
-    command = [sys.executable, "benchmarks/gpu.py", "--report", "--out", out, "--page", page]
+    files: list[str | Path] = ["--out", out, "--page", page]
+    command = [sys.executable, "benchmarks/gpu.py", "--report", *files]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
     assert page.read_text() == report.fill(page.read_text(), made_up, "gpu.svg")
     assert "On Some GPU, with torch 2.11." in page.read_text()
