@@ -26,8 +26,8 @@ def _says(*options: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.skipif(HAS_GPU, reason="here is a GPU")
-@pytest.mark.skipif(any(needs.lacking()), reason="here are not all packages")
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU here")
+@pytest.mark.skipif(any(needs.lacking()), reason="packages are missing here")
 def test_without_a_gpu_it_stops_in_one_line() -> None:
     assert _says() == (1, "colonnade: make gpu needs a GPU, and PyTorch sees none.\n")
 

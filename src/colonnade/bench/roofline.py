@@ -2,7 +2,7 @@
 
 A processor multiplies at its share of the rate of the whole, and holds as many programs at once as
 its registers and shared memory allow. Programs start in the order of their lists, as soon as there
-is room. What comes out is the least time that the products of whole tiles and the traffic with
+is room. The result is the least time that the products of whole tiles and the traffic with
 memory allow; exponentials, addresses and masks come on top, here as for every other kernel. So the
 prediction is one of ratios: the tiles of dense causal attention are counted too, as if they kept
 every processor busy to the end.
