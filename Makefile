@@ -146,11 +146,12 @@ gpu:
 	$(MAKE) gpu-bench || code=$$?; \
 	exit $$code
 
-# A release that these tests never met may warn of something; here that hides nothing.
+# A release that these tests never met may warn of something; here that hides nothing. Some tests
+# compile fifty kernels, which takes minutes where several processes share few cores.
 gpu-tests:
 	@$(ON_GPU) tests/gpu/needs.py
 	@workers=; if $(ON_GPU) -c 'import xdist' 2>/dev/null; then workers='-n $(GPU_WORKERS)'; fi; \
-	set -x; $(ON_GPU) -m pytest -m gpu -W default $$workers $(GPU_TESTS) tests/gpu
+	set -x; $(ON_GPU) -m pytest -m gpu -W default --timeout 900 $$workers $(GPU_TESTS) tests/gpu
 
 gpu-bench:
 	@$(ON_GPU) tests/gpu/needs.py

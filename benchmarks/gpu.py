@@ -1,8 +1,9 @@
 """Time backend "triton" against everything it is compared with on a GPU; `make gpu` runs it.
 
 Nothing else may run on the GPU. Writes benchmarks/gpu.json after each row, those first that most
-depends on, then docs/gpu.svg and the marked section of docs/gpu.md, and prints that section.
-`colonnade.bench.device` does the timing and says how.
+depends on, then docs/gpu.svg and the marked section of docs/gpu.md, and prints that section. Of a
+run that was killed, `--report` writes these two, on any machine. `colonnade.bench.device` does the
+timing and says how.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that an earlier run wrote, if any"
     )
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing; write the page of an earlier run"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "gpu.json")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "gpu.md")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -88,6 +92,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measure every row that is not measured yet, write the results and print them."""
     given = parse()
+    if given.report:
+        write(json.loads(given.out.read_text()), given.page)
+        return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     until = given.until or time.time() + given.seconds
     result: dict[str, Any] = {"machine": machine(), "matrix": {}, "rows": []}
@@ -112,14 +119,21 @@ def main() -> None:
             row = measure(job, device, rounds)
         except DeviceLostError as lost:
             result["rows"].append(lost.row)
-            given.out.write_text(json.dumps(result, indent=1) + "\n")
+            save(result, given.out)
             print(f"{lost} {lost.row['failed']}", flush=True)
             again = [*sys.argv, "--resume", "--until", str(until)]
             os.execv(sys.executable, [sys.executable, *again])
         result["rows"].append(row)
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, given.out)
         print(f"{job} took {time.monotonic() - start:.0f} s", flush=True)
     write(result, given.page)
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write what was found in one step: whoever ends this process leaves a whole file."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def write(result: dict[str, Any], page: Path) -> None:

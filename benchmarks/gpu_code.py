@@ -16,7 +16,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import triton
+try:
+    import triton
+except ModuleNotFoundError:
+    sys.exit("colonnade: this needs the package triton; on Linux `pip install triton` gets it.")
 
 from colonnade.backends.triton.configurations import CHECKED
 from colonnade.bench.code_report import fill, tables

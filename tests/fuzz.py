@@ -304,9 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=10_000, help="calls of the operations")
     parser.add_argument("--batches", type=int, default=0, help="batches given to whole models")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
-    parser.add_argument("--backend", choices=USABLE, help="draw calls of this one only")
+    every = backends()
+    parser.add_argument("--backend", choices=every, help="draw calls of this one only")
     parser.add_argument("--only", type=int, help="the number of one of them to repeat")
     chosen = parser.parse_args(arguments)
+    if (why := every.get(chosen.backend)) is not None:
+        parser.error(f"backend {chosen.backend!r} {why}.")
     print(f"seed {chosen.seed}", flush=True)
     of_backend = partial(drawn, backend=chosen.backend)
     wrong = _search("call", chosen.calls, chosen, of_backend, check_call)

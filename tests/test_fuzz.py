@@ -23,6 +23,15 @@ def test_a_few_hundred_drawn_calls(capsys: pytest.CaptureFixture[str]) -> None:
     assert "call: 300 distinct" in capsys.readouterr().out
 
 
+def test_a_backend_that_is_not_usable_is_refused_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuzz, "backends", lambda: {"eager": None, "triton": "needs a GPU"})
+    with pytest.raises(SystemExit):
+        fuzz.main(["--backend", "triton"])
+    assert "backend 'triton' needs a GPU." in capsys.readouterr().err
+
+
 def test_a_hundred_drawn_batches(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--calls", "0", "--batches", "100", "--seed", "7"]
     assert fuzz.main(arguments) == 0, capsys.readouterr().out

@@ -38,23 +38,25 @@ def test_the_share_of_wanted_pairs(length: int, wanted: float) -> None:
 
 
 def test_one_processor_takes_one_program_after_the_other() -> None:
-    """With as much memory as it likes: the time is that of all products in the tiles."""
+    """Slots are gathered by two launches before. Memory or products take no time, in turns."""
     alone = Gpu("sm_90", 1, 1e12, 1e30)
     found = predict(alone, 1_024, 64, 3, TILES, BLOCKS, False, PATTERN)
     in_tiles = PATTERN.num_pairs(1_024) / found.wanted
-    assert found.seconds == pytest.approx(3 * in_tiles * 4 * 64 / 1e12 + roofline.LAUNCH)
+    assert found.seconds == pytest.approx(3 * in_tiles * 4 * 64 / 1e12 + 3 * roofline.LAUNCH)
     slow = predict(Gpu("sm_90", 1, 1e30, 1e6), 1_024, 64, 3, TILES, BLOCKS, False, PATTERN)
-    assert slow.seconds == pytest.approx(4 * 3 * 1_024 * 64 * 2 / 1e6, rel=1e-4)
+    slots = 7 * 8  # Keys and values of these are read and written.
+    assert slow.seconds == pytest.approx(3 * (4 * 1_024 + 4 * slots) * 64 * 2 / 1e6, rel=1e-4)
 
 
 def test_places_take_the_next_program_as_they_become_free() -> None:
     seconds = torch.tensor([3.0, 2.0, 2.0, 2.0])
     assert roofline._makespan(seconds, 1, processors=2, blocks=1) == 5.0
     assert roofline._makespan(seconds, 1, processors=1, blocks=2) == 10.0  # They share its rate.
+    assert roofline._makespan(seconds[:1], 1, processors=1, blocks=2) == 3.0  # There is one.
     assert roofline._makespan(seconds[:0], 1, processors=1, blocks=1) == 0.0
 
 
-def test_the_backward_adds_three_kernels() -> None:
+def test_the_backward_adds_three_kernels_and_what_comes_before_them() -> None:
     once, both = (
         predict(GPUS["H100 SXM"], 16_384, 64, 16, TILES, BLOCKS, way, PATTERN)
         for way in (False, True)
@@ -69,6 +71,22 @@ def test_the_page_holds_what_was_recorded() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text("utf-8")
     recorded = json.loads((ROOT / "benchmarks" / "gpu_code.json").read_text())
     assert code_report.fill(page, recorded) == page
+
+
+def test_a_kernel_that_is_declined_is_listed_and_not_predicted() -> None:
+    """`make gpu-code` says so after the tables, which have to be written before."""
+    recorded = json.loads((ROOT / "benchmarks" / "gpu_code.json").read_text())
+    for row in recorded["rows"]:
+        if (row["kernel"], row["target"], row["dtype"]) == ("own", "sm_90", "bf16"):
+            row.pop("code")
+            row["declined"] = True
+    assert any(
+        line.startswith("| sm_90 | 64 | ") and line.endswith(" | declined |")
+        for line in code_report.tables(recorded)
+    )
+    predicted = "\n".join(code_report.predictions(recorded))
+    assert "| A100 SXM" in predicted
+    assert "| H100 SXM" not in predicted
 
 
 @pytest.mark.slow

@@ -80,11 +80,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def doubts() -> Iterator[str]:
-    """Yield what Triton compiles its launchers with, where it is not found."""
+    """Yield what Triton compiles its launchers with, and what saves time, where it is not found."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         yield "Triton calls a C compiler, and there is neither gcc nor clang; CC may name one."
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         yield "Triton's launchers include Python.h, and this Python has none."
+    if util.find_spec("xdist") is None:
+        yield (
+            "the tests compile several hundred kernels, and without pytest-xdist one after the "
+            "other, which takes a quarter of an hour or more; `make gpu-packages` collects it."
+        )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def _says(*options: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.skipif(HAS_GPU, reason="here is a GPU")
-@pytest.mark.skipif(any(needs.lacking()), reason="here are not all packages")
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU here")
+@pytest.mark.skipif(any(needs.lacking()), reason="packages are missing here")
 def test_without_a_gpu_it_stops_in_one_line() -> None:
     assert _says() == (1, "colonnade: make gpu needs a GPU, and PyTorch sees none.\n")
 
@@ -44,6 +44,16 @@ def test_an_old_package_is_named_with_both_releases(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.metadata.version", {"pytest": "8.4.1"}.get)
     monkeypatch.setattr(needs, "NEEDED", {"pytest": "9", "torch": "", "no_such_package": "1"})
     assert list(needs.lacking()) == ["pytest 9 or newer (here it is 8.4.1)", "no_such_package"]
+
+
+def test_what_takes_long_or_fails_later_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But it stops nothing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    said = "\n".join(needs.doubts())
+    assert "neither gcc nor clang" in said
+    assert "without pytest-xdist" in said
 
 
 def test_what_is_collected_is_pinned() -> None:

@@ -55,6 +55,8 @@ def _is(row: dict[str, Any], target: str, dtype: str) -> bool:
 
 
 def _cell(row: dict[str, Any]) -> str:
+    if row.get("declined"):
+        return "declined"
     code = Code(**row["code"])
     return (
         f"{code.registers}, {code.spilled}, {code.shared / 1024:.0f}, {code.matrix}, {code.blocks}"
@@ -81,6 +83,8 @@ def predictions(result: dict[str, Any]) -> Iterator[str]:
     yield "|---" * (columns.count(",") + 1) + "|"
     for (name, gpu), width, length in product(GPUS.items(), (64, 128), LENGTHS):
         of_kernel = {kernel: rows[gpu.target, "bf16", width, kernel] for kernel in KERNELS}
+        if any(row.get("declined") for row in of_kernel.values()):
+            continue
         once, both = (_predict(gpu, length, width, of_kernel, way) for way in (False, True))
         yield (
             f"| {name} | {width} | {length:,} | {once.wanted:.0%} | {1e3 * once.seconds:.3g} | "

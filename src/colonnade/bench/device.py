@@ -1,7 +1,7 @@
-"""Time and memory on a device of its own, such as a GPU: rounds, peaks and the matrix rate.
+"""Time and memory on a GPU or another accelerator: rounds, peaks and the matrix rate.
 
-A device runs what it is handed later, so times are taken from events there, one before and one
-behind each call. Before each call its cache is overwritten, which also gives the host a head start
+A device runs behind the host, so times are taken from events there, one before and one after
+each call. Before each call its cache is overwritten, which also gives the host a head start
 of about a tenth of a millisecond: of a call that hands over its kernels faster than that, the
 time is the device's alone. `captured` leaves the host out altogether.
 """

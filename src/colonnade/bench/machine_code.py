@@ -150,7 +150,7 @@ class Case(NamedTuple):
 
 
 def every_case(targets: tuple[str, ...] = CHECKED) -> list[Case]:
-    """Return every kernel × device × type × width, without types that a device has not."""
+    """Return every kernel × device × type × width, leaving out types that a device lacks."""
     return [
         Case(kernel, target, dtype, width)
         for target, dtype, width, kernel in product(targets, DTYPES, WIDTHS, KERNELS)

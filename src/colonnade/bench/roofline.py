@@ -2,9 +2,10 @@
 
 A processor multiplies at its share of the rate of the whole, and holds as many programs at once as
 its registers and shared memory allow. Programs start in the order of their lists, as soon as there
-is room. What comes out is the least time that the products of whole tiles and the traffic with
+is room. The result is the least time that the products of whole tiles and the traffic with
 memory allow; exponentials, addresses and masks come on top, here as for every other kernel. So the
-prediction is one of ratios: dense causal attention is counted in the same way, by tiles.
+prediction is one of ratios: the tiles of dense causal attention are counted too, as if they kept
+every processor busy to the end.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from colonnade.pattern import FixedPattern
 from colonnade.plan.table import Plan, fixed_plan
 
 LAUNCH = 4e-6
-"""Seconds from one kernel to the next."""
+"""Seconds from one kernel to the next: an assumption."""
+DENSE_LAUNCHES = {False: 1, True: 4}
+"""Kernels of dense attention, with backward or without: as in FlashAttention."""
 DENSE = Configuration(128, 128, 8, 2)
 """Tiles of dense attention, as in FlashAttention."""
 
@@ -96,8 +99,11 @@ def predict(
             ("slots", _tiles_of_slots(plan, configurations["slots"], heads, length), 8),
             ("own", _tiles_of_own_keys(plan, configurations["own"], length), 8),
         ]
-    seconds = 0.0
     rows = heads * length * width * 2
+    slots = heads * plan.gather.shape[1] * width * 2
+    # Each direction gathers keys and values, and the backward fills a gradient with zeros.
+    seconds = (2 if backward else 1) * 2 * (2 * slots / gpu.bandwidth + LAUNCH)
+    seconds += LAUNCH if backward else 0
     for kernel, tiles, flop in kernels:
         pair = flop * width * gpu.processors / gpu.rate
         busy = _makespan(tiles * pair, heads, gpu.processors, blocks[kernel])
@@ -110,7 +116,7 @@ def predict(
     wanted = pattern.num_pairs(length)
     return Prediction(
         seconds,
-        dense + LAUNCH * (3 if backward else 1),
+        dense + LAUNCH * DENSE_LAUNCHES[backward],
         length * (length + 1) / 2 / wanted,
         wanted / float(forward_tiles.sum()),
     )
@@ -151,9 +157,11 @@ def _whole(count: Tensor, tile: int) -> Tensor:
 def _makespan(seconds: Tensor, heads: int, processors: int, blocks: int) -> float:
     """Return when the last program ends, if each place takes the next one as it becomes free.
 
-    Programs on one processor share its rate: with b of them each takes b times as long.
+    Programs on one processor share its rate: with b of them each takes b times as long. There are
+    no more of them than it takes to spread all programs evenly.
     """
-    places = [0.0] * (processors * blocks)
-    for each in (seconds * blocks).tolist() * heads:
+    shared = min(blocks, -(-len(seconds) * heads // processors))
+    places = [0.0] * (processors * max(shared, 1))
+    for each in (seconds * shared).tolist() * heads:
         heapq.heapreplace(places, places[0] + each)
     return max(places)

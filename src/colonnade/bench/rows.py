@@ -58,8 +58,8 @@ def jobs(
 ) -> Iterator[Job]:
     """Yield all jobs, those first that most depends on.
 
-    That is dense attention at 16,384 and 131,072, then at the other lengths; then FlexAttention
-    at the first two, grouped heads, and the rest of FlexAttention.
+    That is dense attention at 16,384 and 131,072, then at the other lengths, and with grouped
+    heads; then FlexAttention, which takes long to compile for each of its jobs.
     """
     lengths = sorted(lengths, key=lambda n: (n not in (16_384, 131_072), n))
     first = [n for n in lengths if n in (16_384, 131_072)] or lengths[:1]
@@ -68,9 +68,9 @@ def jobs(
     for kind, among, kv_heads in (
         ("attention", first, heads),
         ("attention", rest, heads),
-        ("flex", first, heads),
         ("attention", first, grouped),
         ("attention", rest, grouped),
+        ("flex", first, heads),
         ("flex", rest, heads),
         ("flex", lengths, grouped),
     ):

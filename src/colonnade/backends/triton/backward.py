@@ -65,7 +65,7 @@ def grad_query_of_pieces(
     natural = load_each(of_query_head(lse, batch, head, member), row, is_row, float("-inf"))
     d_lse = load_each(of_query_head(grad_lse, batch, head, member), row, is_row, 0.0)
     difference = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), 1) - d_lse
-    # Whatever arrives for a query that reads nothing.
+    # 0 for a query that reads nothing, whatever gradient arrives.
     difference = tl.where(natural == float("-inf"), 0.0, difference)
     store_each(of_query_head(delta, batch, head, member), difference, row, is_row)
     acc = tl.full([S.queries, S.qk_width], 0.0, tl.float32)

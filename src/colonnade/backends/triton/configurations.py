@@ -51,7 +51,7 @@ class Row(NamedTuple):
     Attributes:
         precision: What is multiplied.
         kernels: Which kernels.
-        widest: It holds for widths up to this; the larger of both counts.
+        widest: It holds for widths up to this; the larger of the two counts.
         configuration: What they are launched with.
         on: The devices; none: all.
     """

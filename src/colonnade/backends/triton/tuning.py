@@ -1,9 +1,10 @@
 """Configurations that are timed on the device, if COLONNADE_AUTOTUNE=1 asks for it.
 
 The first call of a kernel, at sizes that no earlier call had, times its configuration of the table
-against neighbours of it, which takes some seconds. What was fastest is kept in a file, in the
-folder that COLONNADE_CACHE names, and later processes read it. Another configuration adds up in
-another order, so results may differ in their last bits from those of the table.
+against up to 35 neighbours of it. Each of them is compiled, so this takes about a minute a kernel.
+What was fastest is kept in a file, in the folder that COLONNADE_CACHE names, and later processes
+read it. Another configuration adds up in another order, so results may differ in their last bits
+from those of the table.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The plan's table as lists of work, with one line for each program of a kernel.
 
-Lines are of int32. Work that takes longest comes first, so that none of it is left at the end.
+Lines are of int32. In a sequence, work that takes longest comes first, so that none of it is left
+at the end.
 """
 
 from __future__ import annotations
