@@ -25,6 +25,7 @@ from colonnade.bench.rows import HEADS, LENGTHS, WIDTHS, DeviceLostError, jobs, 
 from colonnade.info import info
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "gpu.md"
 PACKAGES = ("torch", "triton", "flash_attn", "flash_attn_3")
 
 
@@ -57,7 +58,7 @@ def parse() -> argparse.Namespace:
         "--report", action="store_true", help="measure nothing; write the page of an earlier run"
     )
     parser.add_argument("--out", type=Path, default=HERE / "gpu.json")
-    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "gpu.md")
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -97,6 +98,8 @@ def main() -> None:
         return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     until = given.until or time.time() + given.seconds
+    if device.type == "cpu" and given.page == PAGE:
+        sys.exit(f"The times of a CPU are not for {PAGE}: name another --page.")
     result: dict[str, Any] = {"machine": machine(), "matrix": {}, "rows": []}
     if given.resume and given.out.exists():
         earlier = json.loads(given.out.read_text())

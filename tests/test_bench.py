@@ -295,7 +295,7 @@ def test_a_report_has_the_fastest_dense_kernel_and_every_number(made_up: dict[st
     assert "| forward | 64; 16 | 1,024 | 1 | 1.25 (0.75–1.75) |\n" in text
     assert "| 16,384 | 8 | 7.50 |" in text
     assert "| 131,072 | 12 | not measured |" in text
-    assert "| every length | 1 | 1.25 |" in text
+    assert "| every length measured | 1 | 1.25 |" in text
     assert "- flex 128 × 16 did not run everywhere: ValueError: no" in text
 
 

@@ -55,8 +55,8 @@ def _is(row: dict[str, Any], target: str, dtype: str) -> bool:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    if row.get("declined"):
-        return "declined"
+    if row.get("code") is None:
+        return "declined" if row.get("declined") else "does not compile"
     code = Code(**row["code"])
     return (
         f"{code.registers}, {code.spilled}, {code.shared / 1024:.0f}, {code.matrix}, {code.blocks}"
@@ -64,14 +64,14 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _spilled(rows: list[dict[str, Any]]) -> str:
-    """Return the most bytes spilled at each width; "declined" where some kernel is."""
+    """Return the most bytes spilled at each width; or that some kernel has no code."""
     if not rows:
         return "no such instruction"
     words = []
     for _, of_width in groupby(rows, key=lambda row: row["width"]):
         some = list(of_width)
-        declined = any(row.get("declined") for row in some)
-        words.append("declined" if declined else str(max(row["code"]["spilled"] for row in some)))
+        without = [_cell(row) for row in some if row.get("code") is None]
+        words.append(without[0] if without else str(max(row["code"]["spilled"] for row in some)))
     return ", ".join(words)
 
 
@@ -83,7 +83,7 @@ def predictions(result: dict[str, Any]) -> Iterator[str]:
     yield "|---" * (columns.count(",") + 1) + "|"
     for (name, gpu), width, length in product(GPUS.items(), (64, 128), LENGTHS):
         of_kernel = {kernel: rows[gpu.target, "bf16", width, kernel] for kernel in KERNELS}
-        if any(row.get("declined") for row in of_kernel.values()):
+        if any(row.get("code") is None for row in of_kernel.values()):
             continue
         once, both = (_predict(gpu, length, width, of_kernel, way) for way in (False, True))
         yield (

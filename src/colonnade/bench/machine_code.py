@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from colonnade.backends.triton.backward import (
     grad_of_own_keys,
@@ -176,9 +177,13 @@ def measure(case: Case) -> dict[str, Any]:
     config = case.configuration()
     if config is None:
         return {**found, "declined": True}
-    code = compile_case(case, config)
-    found |= {"configuration": config._asdict(), "code": code._asdict()}
-    return {**found, "complaint": complaint(case, code)}
+    found["configuration"] = config._asdict()
+    try:
+        code = compile_case(case, config)
+    except (RuntimeError, TritonError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return {**found, "code": None, "complaint": f"does not compile: {why}"}
+    return {**found, "code": code._asdict(), "complaint": complaint(case, code)}
 
 
 def wrong(row: dict[str, Any]) -> str | None:

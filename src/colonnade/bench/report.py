@@ -78,7 +78,7 @@ def _bars(rows: list[Row]) -> Iterator[str]:
     for length, bar in (*BARS.items(), (None, 1.0)):
         medians = [r["median"] for s, r in compared if length in (None, s["seq_len"])]
         least = f"{min(medians):.2f}" if medians else "not measured"
-        shown = f"{length:,}" if length else "every length"
+        shown = f"{length:,}" if length else "every length measured"
         yield f"| {shown} | {bar:g} | {least} |"
 
 

@@ -36,7 +36,9 @@ class Job:
     def names(self) -> list[str]:
         """Return the contenders; ratios are to the first."""
         if self.kind == "flex":
-            return ["triton", *FLEX]
+            # PyTorch's backward drops smaller tiles, whatever it is asked for.
+            least = 64 if self.sizes.backward else 0
+            return ["triton", *(name for name, (_, tile) in FLEX.items() if tile[1] >= least)]
         eager = ["eager"] if self.sizes.seq_len <= LONGEST_EAGER else []
         return ["triton", *DENSE, *FLASH, *eager]
 
@@ -103,7 +105,9 @@ def measure(job: Job, device: torch.device, rounds: int | None = None) -> dict[s
     }
     if job.kind == "flex":
         torch._dynamo.reset()  # A function is compiled for a few shapes only.
-    running = _those_that_run(Rivals(sizes, device), job.names(), row)
+    running: dict[str, Rival] = {}
+    with _recorded("the inputs", device, row):
+        running = _those_that_run(Rivals(sizes, device), job.names(), row)
     with _recorded("the comparison", device, row):
         row |= asdict(compare_on_device(running, device, rounds)) if running else {}
     if "triton" not in running:

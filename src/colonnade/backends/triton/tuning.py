@@ -85,8 +85,7 @@ def tuned(sizes: Sizes, of_table: Configuration, launch: Launch | None) -> Confi
 
 
 def neighbours(of_table: Configuration, longest: int) -> Iterator[Configuration]:
-    """Yield the configuration of the table, then others with tiles up to twice as large."""
-    yield of_table
+    """Yield configurations with tiles from half to twice as large as those of the table."""
     for queries in (of_table.queries // 2, of_table.queries, of_table.queries * 2):
         for keys in (of_table.keys // 2, of_table.keys, of_table.keys * 2):
             for warps in (4, 8):
@@ -97,13 +96,12 @@ def neighbours(of_table: Configuration, longest: int) -> Iterator[Configuration]
 
 
 def _fastest(sizes: Sizes, of_table: Configuration, launch: Launch) -> Configuration:
-    times: dict[Configuration, float] = {}
+    times = {of_table: _milliseconds(launch, of_table)}
     for each in neighbours(of_table, sizes.longest):
-        # Some take more registers or shared memory than there is.
-        with suppress(OutOfResources, PTXASError):
+        # Some take more registers or shared memory than there is, and some do not compile: then
+        # Triton's passes raise no error of their own.
+        with suppress(OutOfResources, PTXASError, RuntimeError):
             times[each] = _milliseconds(launch, each)
-    if not times:
-        return of_table  # Whatever is wrong, its launch will say so.
     best = min(times, key=times.__getitem__)
     log.info("%s: %s in %.3g ms, of %d tried.", sizes, best, times[best], len(times))
     _write(sizes, best, times)
