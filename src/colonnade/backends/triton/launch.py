@@ -146,6 +146,8 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _arrays(*tensors: Tensor) -> list[Array]:
+    # A kernel reads memory, and knows nothing of a negation that PyTorch has put off.
+    tensors = tuple(tensor.resolve_neg() for tensor in tensors)
     return [Array(tensor, tensor.stride()) for tensor in tensors]
 
 
