@@ -33,6 +33,15 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether work for a device goes into a graph, and none of it runs."""
+    if device.type not in WITH_STREAMS:
+        return False
+    module = torch.get_device_module(device)
+    asks = getattr(module, "is_current_stream_capturing", None)
+    return asks is not None and bool(asks())
+
+
 @functools.lru_cache(maxsize=KEPT)
 def _sent(device: torch.device, make: Callable[..., Any], *arguments: Any) -> _Sent:
     return _Sent(make, arguments, device)
@@ -57,7 +66,7 @@ class _Sent:
         self, make: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device
     ) -> None:
         self.device = device
-        if self._is_capturing():
+        if is_capturing(device):
             raise NotImplementedError(
                 "lists of indices for these lengths cannot be sent to the device while a graph is "
                 "captured. Make the same call once before the capture."
@@ -73,7 +82,7 @@ class _Sent:
         """Return the result; what the current stream does from now on comes after its arrival."""
         if self.device.type not in WITH_STREAMS:
             return self.made
-        if self._is_capturing():
+        if is_capturing(self.device):
             # It has arrived: a capture begins by waiting for the device. From now on a graph knows
             # its address, and nobody is told how long that graph lives.
             _IN_GRAPHS.add(self)
@@ -86,13 +95,6 @@ class _Sent:
                     tensor.record_stream(stream)
             self.streams.add(stream)
         return self.made
-
-    def _is_capturing(self) -> bool:
-        if self.device.type not in WITH_STREAMS:
-            return False
-        module = torch.get_device_module(self.device)
-        asks = getattr(module, "is_current_stream_capturing", None)
-        return asks is not None and bool(asks())
 
 
 _IN_GRAPHS: set[_Sent] = set()

@@ -69,10 +69,18 @@ def is_asked_for() -> bool:
     return is_on("COLONNADE_AUTOTUNE", default=False)
 
 
-def tuned(sizes: Sizes, of_table: Configuration, launch: Launch) -> Configuration:
-    """Return the fastest configuration of a kernel, timed now unless it ever was."""
+def tuned(
+    sizes: Sizes, of_table: Configuration, launch: Launch, may_run: bool = True
+) -> Configuration:
+    """Return the fastest configuration of a kernel, timed now unless it ever was.
+
+    Where nothing may run now, one that was not timed before is that of the table.
+    """
     if sizes not in _known:
-        _known[sizes] = _read(sizes) or _fastest(sizes, of_table, launch)
+        found = _read(sizes)
+        if found is None and not may_run:
+            return of_table
+        _known[sizes] = found or _fastest(sizes, of_table, launch)
     return _known[sizes]
 
 
@@ -112,8 +120,9 @@ def _read(sizes: Sizes) -> Configuration | None:
     """Return what an earlier process found; None where nothing is there, or nothing of use."""
     with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):
         found = Configuration(**json.loads(sizes.path().read_text("utf-8"))["configuration"])
-        powers = all(isinstance(size, int) and size & (size - 1) == 0 for size in found[:3])
-        if powers and min(found[:2]) >= 16 and found.queries <= sizes.longest and found.stages >= 1:
+        whole = all(isinstance(size, int) and size >= 1 for size in found)
+        powers = whole and all(size & (size - 1) == 0 for size in found[:3])
+        if powers and min(found[:2]) >= 16 and found.queries <= sizes.longest:
             return found
     return None
 

@@ -67,6 +67,15 @@ def own_tiles(plan: Plan, num_keys: int, keys: int) -> Tensor:
     return torch.cat([of_rows, before])
 
 
+def num_read(plan: Plan) -> int:
+    """Return how many slots, from the first one on, have all those that a query reads as slots.
+
+    Own keys may be slots too: bidirectionally most slots are nothing else.
+    """
+    rows = plan.table[plan.table[:, 6] > plan.table[:, 5]]
+    return int(rows[:, 6].max()) if len(rows) else 0
+
+
 class SlotTiles(NamedTuple):
     """Tiles of slots, each with shares of the queries that see some of it.
 
