@@ -18,7 +18,16 @@ from colonnade.backends.call import Kept
 from colonnade.backends.choice import run
 from colonnade.ops.check import make_call
 from tests import fuzz
-from tests.cases import Case, Inputs, attend, attend_by_products, both, cases, fixed_patterns, output
+from tests.cases import (
+    Case,
+    Inputs,
+    attend,
+    attend_by_products,
+    both,
+    cases,
+    fixed_patterns,
+    output,
+)
 from tests.layouts import LAYOUTS, expanded, laid_out
 from tests.packing import attend_packed, cu_seqlens_of, documents, packed_case
 from tests.rounding import check

@@ -225,8 +225,8 @@ def define(
     other one functionalized.
     """
     # The schema is spelled out: read off annotations it would depend on who wraps the function.
-    # The tag: what a call keeps for later ones must not lie in the memory of a compiler's graph, and
-    # a graph would not look into cu_seqlens again.
+    # The tag: what a call keeps on a device must not lie in the memory of a compiler's graph, and a
+    # graph would not look into cu_seqlens again.
     torch.library.define(name, schema, tags=(torch.Tag.cudagraph_unsafe,))
     torch.library.impl(name, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(name, fake)
