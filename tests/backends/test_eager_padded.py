@@ -315,6 +315,19 @@ def test_queries_that_lie_in_the_order_of_tiles_are_not_copied() -> None:
     assert torch.equal(rows.take_out(laid_out), query)
 
 
+def test_keys_that_no_query_sees_may_be_nan() -> None:
+    """The last key stands for the summaries that a short last block lacks."""
+    case = Case(FixedPattern(8, 2, part="summary"), q_len=21, kv_len=21)
+    inputs = case.inputs()
+    with _on_a_device(DEVICE):
+        before = attend(case, inputs, "eager")
+        inputs.key[:, :, 20] = math.nan
+        after = attend(case, inputs, "eager")
+    assert torch.equal(after.out, before.out)
+    for name in ("grad_key", "grad_value"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+
+
 def test_cpus_take_tiles_of_equal_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, the tests of CPUs would pass if they took the padded ones."""
     monkeypatch.setattr(fixed, "PaddedRows", None)

@@ -109,6 +109,14 @@ def _is_like(gradient: Tensor, tensor: Tensor) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["eager", "triton"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_compiler_leaves_an_operation_out_of_its_graphs_of_a_device(name: str, way: str) -> None:
+    """What stays on the device would lie in their memory, and cu_seqlens is looked into."""
+    operation = getattr(torch.ops.colonnade, f"{name}_{way}").default
+    assert torch.Tag.cudagraph_unsafe in operation.tags
+
+
 @pytest.mark.plain
 @without_data
 @each_pattern

@@ -18,7 +18,16 @@ from colonnade.backends.call import Kept
 from colonnade.backends.choice import run
 from colonnade.ops.check import make_call
 from tests import fuzz
-from tests.cases import Case, attend, attend_by_products, both, cases, fixed_patterns, output
+from tests.cases import (
+    Case,
+    Inputs,
+    attend,
+    attend_by_products,
+    both,
+    cases,
+    fixed_patterns,
+    output,
+)
 from tests.layouts import LAYOUTS, expanded, laid_out
 from tests.packing import attend_packed, cu_seqlens_of, documents, packed_case
 from tests.rounding import check
@@ -133,6 +142,26 @@ def test_any_memory_layout() -> None:
         found = attend(case, laid_out(inputs, layout), "triton")
         same = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
         assert all(same), layout
+
+
+def test_a_negation_that_was_put_off() -> None:
+    case = Case(FixedPattern(4, 1), 1, 1, 1, 9, 9, 8, 8, 0.4)
+    inputs = case.inputs(torch.float32)
+    expected = attend(case, inputs, "triton")
+    conjugate = [torch.complex(t, -t).conj() for t in inputs]
+    found = attend(case, Inputs(*[t.imag for t in conjugate]), "triton")
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("stride", [2**31 - 1, 2**40])
+@pytest.mark.parametrize("part", ["merged", "local", "summary"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_stride_beyond_every_sequence(stride: int, part: Any, causal: bool) -> None:
+    case = Case(FixedPattern(stride, 2, part=part, causal=causal), 1, 1, 1, 5, 9, 8, 8, 0.4)
+    inputs = case.inputs(torch.float32)
+    expected = attend(case, inputs.double(), "reference")
+    for one, other in zip(attend(case, inputs, "triton"), expected, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=0, atol=2e-6)
 
 
 def test_strides_of_zero() -> None:

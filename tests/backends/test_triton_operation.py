@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +211,6 @@ def test_what_was_tuned_is_kept(
     assert all(map(torch.equal, again, found))
 
 
-def test_a_capture_times_nothing(tuning: Any, sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_milliseconds", None)
-    assert tuning.tuned(sizes, TABLE, None) == TABLE
-    assert sizes not in tuning._known
-
-
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -225,12 +221,57 @@ def test_a_capture_times_nothing(tuning: Any, sizes: Any, monkeypatch: pytest.Mo
         '{"configuration": 3}',
         '{"configuration": {"queries": 16}}',
         '{"configuration": {"queries": 17, "keys": 16, "warps": 4, "stages": 1}}',
+        '{"configuration": {"queries": 16, "keys": 64, "warps": 0, "stages": 1}}',
+        '{"configuration": {"queries": 16, "keys": 64, "warps": 4, "stages": 1.5}}',
     ],
 )
 def test_a_damaged_file_is_written_again(tuning: Any, sizes: Any, damaged: str) -> None:
     sizes.path().write_text(damaged)
     assert tuning.tuned(sizes, TABLE, lambda config: None).keys == 16
     assert json.loads(sizes.path().read_text())["configuration"]["keys"] == 16
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(
+    tuning: Any, sizes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from colonnade.backends.triton import launch
+
+    inputs = CASE.inputs(torch.float32)
+    monkeypatch.setattr(launch, "is_capturing", lambda device: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_milliseconds", None)
+        attend(CASE, inputs, "triton")
+    assert tuning._known == {}
+    monkeypatch.setattr(launch, "is_capturing", lambda device: False)
+    attend(CASE, inputs, "triton")
+    known = dict(tuning._known)
+    assert len(known) == 4
+    monkeypatch.setattr(launch, "is_capturing", lambda device: True)
+    attend(CASE, inputs, "triton")
+    assert tuning._known == known
+
+
+def test_times_are_taken_on_the_device_of_the_tensors(
+    tuning: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from colonnade.backends.triton import launch
+
+    current: list[torch.device] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def milliseconds(launch: Any, config: Any) -> float:
+        assert current == [torch.device("cpu")]
+        return float(config.keys)
+
+    monkeypatch.setattr(launch, "_on", on)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    attend(CASE, CASE.inputs(torch.float32), "triton")
+    assert len(tuning._known) == 4
 
 
 def test_what_does_not_fit_is_passed_over(

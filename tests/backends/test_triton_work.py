@@ -80,6 +80,19 @@ def test_tiles_of_slots_are_seen_by_their_queries(
     assert lists.most == max(lists.shares.tolist(), default=0) <= most
 
 
+@settings(max_examples=100)
+@given(plan_and_keys=plans())
+def test_slots_with_shares_are_among_those_that_are_read(plan_and_keys: tuple[Plan, int]) -> None:
+    plan, _ = plan_and_keys
+    shares = work.slot_tiles(plan, 16, 16, 4).shares
+    ends = [slot + 1 for slot, count in enumerate(shares.tolist()) if count > 0]
+    assert work.num_read(plan) == max(ends, default=0)
+
+
+def test_bidirectional_sums_are_those_of_summaries() -> None:
+    assert work.num_read(fixed_plan(FixedPattern(16, 2, causal=False), 64, 64, [0])) == 8
+
+
 @settings(max_examples=200)
 @given(plan_and_keys=plans(), keys=sizes)
 def test_tiles_of_own_keys_write_every_key_once(plan_and_keys: tuple[Plan, int], keys: int) -> None:

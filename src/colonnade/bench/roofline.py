@@ -138,7 +138,7 @@ def _tiles_of_pieces(plan: Plan, config: Configuration) -> Tensor:
 
 
 def _tiles_of_slots(plan: Plan, config: Configuration, heads: int, length: int) -> Tensor:
-    most = work.busy_shares(plan.gather.shape[1] * heads // config.keys)
+    most = work.busy_shares(work.num_read(plan) * heads // config.keys)
     tiles = work.slot_tiles(plan, config.keys, config.queries, most).tiles.long()
     return config.keys * _whole(tiles[:, 3] - tiles[:, 2], config.queries)
 

@@ -150,7 +150,10 @@ def _lay_out(
     shift = shift[:1] if bool((shift == shift[:1]).all()) else shift
     seen = (place + 1 + lead[row] - shift[:, None]).clamp(min=0)
     seen = torch.minimum(seen, (own_end - own_begin)[row])
-    return torch.minimum(position, q_end[row] - 1), position >= q_end[row], seen
+    is_padding = position >= q_end[row]
+    # What no query of a row sees may be NaN, and the backward adds up what all queries give.
+    seen = seen.masked_fill(is_padding, 0)
+    return torch.minimum(position, q_end[row] - 1), is_padding, seen
 
 
 def _columns(table: Table, first_own: int) -> list[Tensor]:

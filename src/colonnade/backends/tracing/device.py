@@ -34,10 +34,11 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a graph notes down what the current stream of a device is handed."""
+    """Whether work for a device goes into a graph, and none of it runs."""
     if device.type not in WITH_STREAMS:
         return False
-    asks = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    module = torch.get_device_module(device)
+    asks = getattr(module, "is_current_stream_capturing", None)
     return asks is not None and bool(asks())
 
 

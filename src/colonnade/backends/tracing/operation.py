@@ -225,7 +225,9 @@ def define(
     other one functionalized.
     """
     # The schema is spelled out: read off annotations it would depend on who wraps the function.
-    torch.library.define(name, schema)
+    # The tag: what a call keeps on a device must not lie in the memory of a compiler's graph, and a
+    # graph would not look into cu_seqlens again.
+    torch.library.define(name, schema, tags=(torch.Tag.cudagraph_unsafe,))
     torch.library.impl(name, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, gradients, setup_context=set_up)

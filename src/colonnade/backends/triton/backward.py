@@ -110,8 +110,9 @@ def grad_of_slots(
 ):
     """Sum the gradients of a tile of slots over one share of the queries that see some of it.
 
-    The sums are [shares, batch, heads, slots, …] in float32. `tiles` is `work.slot_tiles`, and
-    `slots_seen` says for each query before which slot those end that it sees.
+    The sums are [shares, batch, heads, slots, …] in float32, of the slots that are read. `tiles` is
+    `work.slot_tiles`, and `slots_seen` says for each query before which slot those end that it
+    sees.
     """
     tile = tiles + tl.program_id(0) % num_tiles * 5
     slot_begin = tl.load(tile)

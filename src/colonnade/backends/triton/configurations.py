@@ -120,7 +120,7 @@ TABLE: tuple[Row, ...] = (
     Row("ieee", FORWARD, 128, Configuration(16, 16, 8, 2)),
     Row("ieee", QUERY, 64, Configuration(64, 32, 8, 2)),
     Row("ieee", QUERY, 128, Configuration(16, 16, 8, 1)),
-    Row("ieee", KEYS, 64, Configuration(32, 32, 8, 2)),
+    Row("ieee", KEYS, 64, Configuration(32, 32, 8, 1)),
     Row("ieee", KEYS, 128, Configuration(32, 16, 8, 1)),
 )
 

@@ -96,9 +96,13 @@ class _Run:
         if found is None:
             reason = reason_no_tile_fits(self.query.dtype, width, self.device)
             raise NotImplementedError(f"backend 'triton' {reason}.")
-        if tuning.is_asked_for():
+        works = self.query.numel() > 0 and (kernel != "slots" or self.slots[0].numel() > 0)
+        if works and tuning.is_asked_for():
             sizes = self._sizes(kernel, target, precision)
-            found = tuning.tuned(sizes, found, None if is_capturing(self.device) else launch)
+            # Nothing runs while a graph is captured, and a wait would end the capture.
+            timed = None if is_capturing(self.device) else launch
+            with _on(self.device):  # Times are taken on the current device.
+                found = tuning.tuned(sizes, found, timed)
         return launch(found)
 
     def _sizes(self, kernel: Kernel, target: str, precision: Precision) -> tuning.Sizes:
@@ -147,6 +151,8 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _arrays(*tensors: Tensor) -> list[Array]:
+    # A kernel reads memory, and knows nothing of a negation that PyTorch has put off.
+    tensors = tuple(tensor.resolve_neg() for tensor in tensors)
     return [Array(tensor, tensor.stride()) for tensor in tensors]
 
 
@@ -232,7 +238,8 @@ class _Sums(NamedTuple):
     """The gradients of slots, a sum for each share of the queries behind them.
 
     Attributes:
-        sums: Those of keys and of values, [shares, batch, heads, slots, …] in float32.
+        sums: Those of keys and of values, [shares, batch, heads, slots, …] in float32, of as many
+            slots as `work.num_read` says.
         shares: [slots], the number of shares of each slot.
     """
 
@@ -245,9 +252,12 @@ def _grad_slots(
 ) -> _Sums:
     """Return the gradients of slots."""
     _, lse, grad_out, _ = saved
-    found = run.listed(work.slot_tiles, config.keys, config.queries, _most_shares(run, config))
+    num_read = run.listed(work.num_read)
+    most = _most_shares(run, config, num_read)
+    found = run.listed(work.slot_tiles, config.keys, config.queries, most)
+    sizes = found.most, run.batch, run.heads, num_read
     sums = [
-        torch.empty((found.most, *t.shape), dtype=torch.float32, device=t.device) for t in run.slots
+        torch.empty((*sizes, t.shape[3]), dtype=torch.float32, device=t.device) for t in run.slots
     ]
     run.launch(
         grad_of_slots,
@@ -263,10 +273,11 @@ def _grad_slots(
     return _Sums(sums, found.shares)
 
 
-def _most_shares(run: _Run, config: Configuration) -> int:
+def _most_shares(run: _Run, config: Configuration, num_read: int) -> int:
     """Return how many shares keep a GPU busy, in half of the memory of inputs and output."""
-    tiles = run.slots[0].shape[:3].numel() // config.keys
-    sums = 4 * sum(t.numel() for t in run.slots)
+    slots = run.batch * run.heads * num_read
+    tiles = slots // config.keys
+    sums = 4 * slots * sum(t.shape[3] for t in run.slots)
     given = 2 * run.query.numel() + sum(t.numel() for t in run.own)
     in_memory = given * run.query.element_size() // max(2 * sums, 1)
     return max(1, min(work.busy_shares(tiles), in_memory))

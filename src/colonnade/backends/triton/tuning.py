@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import tempfile
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -111,6 +112,8 @@ def _fastest(sizes: Sizes, of_table: Configuration, launch: Launch) -> Configura
 def _milliseconds(launch: Launch, configuration: Configuration) -> float:
     from triton.testing import do_bench
 
+    if triton.knobs.runtime.interpret:  # There is no device whose clock could be read.
+        return 1e3 * timeit.timeit(lambda: launch(configuration), number=1)
     return float(do_bench(lambda: launch(configuration), return_mode="median"))
 
 
@@ -118,8 +121,9 @@ def _read(sizes: Sizes) -> Configuration | None:
     """Return what an earlier process found; None where nothing is there, or nothing of use."""
     with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):
         found = Configuration(**json.loads(sizes.path().read_text("utf-8"))["configuration"])
-        powers = all(isinstance(size, int) and size & (size - 1) == 0 for size in found[:3])
-        if powers and min(found[:2]) >= 16 and found.queries <= sizes.longest and found.stages >= 1:
+        whole = all(isinstance(size, int) and size >= 1 for size in found)
+        powers = whole and all(size & (size - 1) == 0 for size in found[:3])
+        if powers and min(found[:2]) >= 16 and found.queries <= sizes.longest:
             return found
     return None
 

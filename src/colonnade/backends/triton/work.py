@@ -18,6 +18,10 @@ PROGRAMS = 1024
 """Programs of a kernel that keep any GPU busy."""
 
 
+FARTHEST = 2**30
+"""A stride may be longer than any sequence, and lines are of int32."""
+
+
 def busy_shares(tiles: int) -> int:
     """Return how many shares of the queries that many tiles of slots need, to keep a GPU busy."""
     return max(PROGRAMS // max(tiles, 1), 1)
@@ -30,12 +34,13 @@ def gather(plan: Plan) -> Tensor:
 
 def shift(plan: Plan) -> Tensor:
     """Return [heads], how many queries of a block come before its first own key."""
-    return plan.shift.int()
+    return plan.shift.clamp(max=FARTHEST).int()
 
 
 def pieces(plan: Plan, queries: int) -> Tensor:
     """Cut rows into pieces of at most that many queries, each a line like a row of the table."""
     q_begin, q_end, own_begin, own_end, lead, slot_begin, slot_end = plan.table.unbind(1)
+    lead = lead.clamp(max=FARTHEST)
     row, place = _cut(q_end - q_begin, queries)
     begin = q_begin[row] + place
     end = torch.minimum(begin + queries, q_end[row])
@@ -51,6 +56,7 @@ def own_tiles(plan: Plan, num_keys: int, keys: int) -> Tensor:
     """
     rows = plan.table[plan.table[:, 3] > plan.table[:, 2]]
     q_begin, q_end, own_begin, own_end, lead, *_ = rows.unbind(1)
+    lead = lead.clamp(max=FARTHEST)
     row, place = _cut(own_end - own_begin, keys)
     begin = own_begin[row] + place
     end = torch.minimum(begin + keys, own_end[row])
@@ -60,6 +66,15 @@ def own_tiles(plan: Plan, num_keys: int, keys: int) -> Tensor:
     none = torch.zeros_like(first)
     before = _lines(first, (first + keys).clamp(max=unread), first, none, none, none)
     return torch.cat([of_rows, before])
+
+
+def num_read(plan: Plan) -> int:
+    """Return how many slots, from the first one on, have all those that a query reads as slots.
+
+    Own keys may be slots too: bidirectionally most slots are nothing else.
+    """
+    rows = plan.table[plan.table[:, 6] > plan.table[:, 5]]
+    return int(rows[:, 6].max()) if len(rows) else 0
 
 
 class SlotTiles(NamedTuple):
