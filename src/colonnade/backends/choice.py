@@ -77,15 +77,11 @@ def choose(query: Query, key: Key, value: Value, call: Call, backend: str) -> st
 def _first_that_takes(query: Query, key: Key, value: Value, call: Call) -> str:
     for name in BACKENDS:
         declined = _reason_declined(name, query, key, value, call)
-        if declined is None and _reason_left_out(name, query) is None:
+        if declined is None and name in BY_NAME_ALONE:
+            declined = BY_NAME_ALONE[name](query.device)
+        if declined is None:
             return name
     raise AssertionError("the reference takes everything")
-
-
-def _reason_left_out(name: str, query: Query) -> str | None:
-    """Return why "auto" leaves a backend out although it takes a call, or None if it does not."""
-    ask = BY_NAME_ALONE.get(name)
-    return None if ask is None else ask(query.device)
 
 
 def _reason_declined(name: str, query: Query, key: Key, value: Value, call: Call) -> str | None:
@@ -154,6 +150,7 @@ def explain_call(
         if name != chosen:
             why = _reason_declined(name, query, key, value, call)
             asked = f"{chosen} comes first" if backend == "auto" else f"{chosen} was asked for"
-            why = why or _reason_left_out(name, query)
+            if why is None and name in BY_NAME_ALONE:
+                why = BY_NAME_ALONE[name](query.device)
             others[name] = f"it {why}" if why else f"{asked} and takes these inputs"
     return Explanation(chosen, others)
