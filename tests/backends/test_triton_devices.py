@@ -13,6 +13,7 @@ from colonnade.backends.choice import choose
 from colonnade.backends.triton import configurations
 from colonnade.ops.check import make_call
 
+pytestmark = pytest.mark.plain  # A played tensor is no tensor to run-time type checks.
 CUDA = torch.device("cuda", 0)
 
 
