@@ -82,6 +82,7 @@ def test_drawn_calls_against_the_definition(case: Case) -> None:
         check(case, inputs, found, attend_by_products(case, inputs))
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy, of NaN.
 def test_a_few_calls_of_the_fuzzing(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--backend", "triton", "--calls", "8", "--seed", "7"]
     assert fuzz.main(arguments) == 0, capsys.readouterr().out
