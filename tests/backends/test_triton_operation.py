@@ -45,6 +45,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return programs
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Of opcheck, with torch 2.15.
 @each_type
 def test_its_operations_keep_the_compilers_rules(dtype: torch.dtype) -> None:
     """Schema, fake, autograd and a compiled program, as torch.library checks them."""
