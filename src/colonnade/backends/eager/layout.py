@@ -1,6 +1,6 @@
-"""Which rows of a plan are padded to one shape and form a tile, and where tiles read and write.
+"""Groups the rows of a plan into padded tiles, and computes the indices that tiles read and write.
 
-It is worked out on the CPU when a plan comes to a device for the first time, sent there, and kept.
+This happens on the CPU, the first time a plan is used on a device. The result is sent and kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from colonnade.plan.table import Plan, Row, table_rows
 from colonnade.shapes import Positions, Shift, Table
 
 PADDING = 1 / 8
-"""How much padding of slots a tile may have, as a share of its other keys."""
+"""Largest share of slot padding in a tile, relative to its other keys."""
 
 
 class Shape(NamedTuple):
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     row_begin: int
     row_end: int
     q_begin: int
-    """Where its queries begin, as they are laid out."""
+    """Index of its first query in the laid-out order."""
     queries: int
     own_keys: int
     slots: int
@@ -34,29 +34,29 @@ class Shape(NamedTuple):
 
     @property
     def q_end(self) -> int:
-        """Where its queries end, padding included."""
+        """Index after its last query in the laid-out order, padding included."""
         return self.q_begin + (self.row_end - self.row_begin) * self.queries
 
 
 class Moves(NamedTuple):
-    """How queries get to where they are laid out, and back."""
+    """Indices that move queries into the laid-out order and back."""
 
     query: Positions
     """The position of each query that is laid out."""
     place: Positions
-    """Where each query is laid out."""
+    """The index of each query in the laid-out order."""
     is_padding: Bool[Tensor, " laid_out"]
-    """Where a row has no query; its last one is repeated there."""
+    """True for padding, which repeats the last query of its row."""
 
 
 class Layout(NamedTuple):
-    """Where tiles read and write, on a device. Keys are counted behind all slots."""
+    """The indices that tiles read and write. Keys are numbered after all slots."""
 
     shapes: list[Shape]
     moves: Moves | None
-    """None if queries are laid out as they lie, without padding."""
+    """None if the laid-out order is that of the positions, without padding."""
     seen: Int[Tensor, "heads_or_1 laid_out"]
-    """How many own keys each query sees."""
+    """Number of own keys that each query sees."""
     slot_begin: Int[Tensor, "rows 1"]
     slot_last: Int[Tensor, "rows 1"]
     slots: Int[Tensor, "rows 1"]

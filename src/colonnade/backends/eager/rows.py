@@ -1,4 +1,4 @@
-"""What a pass over a plan's table needs: its rows tile by tile, and the keys that they read.
+"""A pass over a plan's table: its rows, one tile at a time, and the keys that they read.
 
 A tile is a batch of m rows that are treated as equal: r queries each, and N keys each, which are
 slots and then own keys. `stacked.py` and `padded.py` choose which rows form one.
@@ -25,7 +25,7 @@ class Gradient(NamedTuple):
     keys: Tensor
     """[B, Hkv, Tk, D], what keys get that are no slots."""
     read: tuple[Tensor, ...]
-    """Where tiles add: `slots`, `keys`, or a tensor that both are views of."""
+    """The tensors that tiles add to: `slots` and `keys`, or one of which both are views."""
 
 
 class Rows(ABC):

@@ -1,4 +1,4 @@
-"""What the host works out once, and later calls find on their device."""
+"""Copies to devices without waiting, and results that stay on a device for later calls."""
 
 from __future__ import annotations
 

@@ -16,8 +16,6 @@ from colonnade.plan.table import Plan
 
 PROGRAMS = 1024
 """Programs of a kernel that keep any GPU busy."""
-
-
 FARTHEST = 2**30
 """A stride may be longer than any sequence, and lines are of int32."""
 
