@@ -8,8 +8,9 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from colonnade.backends.dropout import Dropout
 from colonnade.pattern import HasMask
-from colonnade.shapes import CuSeqlens, SeenMask
+from colonnade.shapes import CuSeqlens, Positions, SeenMask
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,13 @@ class Seen:
 
     Attributes:
         mask: [batch, kv_heads, q_len or 1, kv_len], True where a query reads a key; None: all.
+        query: [batch or 1, q_len], the position of each query; needed if weights are dropped.
+        key: [batch or 1, kv_heads or 1, kv_len], the position of each key; needed then, too.
     """
 
     mask: SeenMask | None
+    query: Positions | None = None
+    key: Positions | None = None
 
 
 Keys: TypeAlias = Whole | Packed | Kept | Seen
@@ -69,8 +74,8 @@ class Call(NamedTuple):
     """The positions that each position reads."""
     scale: float
     """Factor on the scores."""
-    dropout_p: float = 0.0
-    """Share of the weights that is dropped."""
+    dropout: Dropout = Dropout()
+    """The weights that are dropped."""
     return_lse: bool = True
     """Whether the caller wants the log-sum-exp."""
     keys: Keys = Whole()

@@ -52,6 +52,7 @@ def run(
 ) -> tuple[Output, LogSumExp | None]:
     """Run a call in the backend that `choose` finds for it: the one door to every kernel."""
     chosen = BACKENDS[choose(query, key, value, call, backend)]
+    call = call._replace(dropout=call.dropout.drawn(query.device))
     # Inside, float32 means float32: autocast would run the products in half precision after all.
     with without_autocast(query.device.type):
         return chosen.attend(query, key, value, call)

@@ -20,10 +20,12 @@ from colonnade.shapes import CuSeqlens
 class Documents:
     """The lengths of documents that lie one after the other, on the CPU; equal to itself alone.
 
-    Empty ones are left out: to a compiler there are as many as there may be at most.
+    Empty ones are left out: to a compiler there are as many as there may be at most. Each document
+    has the number that it has among all, the empty ones too.
     """
 
     lengths: Int[Tensor, " documents"]
+    numbers: Int[Tensor, " documents"]
 
 
 @remembered
@@ -36,7 +38,8 @@ def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
     ends = cu_seqlens.to("cpu", torch.long)
     _check(ends, total)
     lengths = ends.diff()
-    return Documents(lengths[lengths > 0])
+    numbers = (lengths > 0).nonzero()[:, 0]
+    return Documents(lengths[numbers], numbers)
 
 
 def check_documents(cu_seqlens: CuSeqlens, total: int) -> None:
@@ -97,28 +100,34 @@ def by_documents(
     """Run packed documents through a function that knows sequences only: equal lengths as a batch.
 
     Tensors and results are [1, heads, total, …]; `attend` gets and gives [documents, heads,
-    length, …]. Without cu_seqlens it is called as it is.
+    length, …]. Before the tensors it gets the numbers of the documents, [documents]. Without
+    cu_seqlens it is called once, with the numbers of the batch rows.
     """
     if cu_seqlens is None:
-        return attend(*tensors)
+        return attend(torch.arange(len(tensors[0]), device=tensors[0].device), *tensors)
     documents = documents_of(cu_seqlens, tensors[0].shape[2])
     batches, back = kept_on_device(tensors[0].device, _batches, documents)
     found = []
-    for index in batches:
-        results = attend(*(t[0][:, index].transpose(0, 1) for t in tensors))
+    for numbers, index in batches:
+        results = attend(numbers, *(t[0][:, index].transpose(0, 1) for t in tensors))
         found.append([t.transpose(0, 1).flatten(1, 2) for t in results])
     return tuple(torch.cat(parts, 1)[:, back][None] for parts in zip(*found, strict=True))
 
 
-def _batches(documents: Documents) -> tuple[list[Tensor], Tensor]:
-    """[documents, length] positions for each length, and the order that undoes this sorting."""
-    begins: dict[int, list[int]] = {}
+def _batches(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Return a batch for each length, and the order that undoes this sorting.
+
+    A batch is the numbers of its documents, and their positions [documents, length].
+    """
+    begins: dict[int, list[tuple[int, int]]] = {}
     begin = 0
-    for length in documents.lengths.tolist() or [0]:
-        begins.setdefault(length, []).append(begin)
+    for number, length in zip(
+        documents.numbers.tolist() or [0], documents.lengths.tolist() or [0], strict=True
+    ):
+        begins.setdefault(length, []).append((number, begin))
         begin += length
-    batches = [
-        torch.tensor(of_length)[:, None] + torch.arange(length)
-        for length, of_length in begins.items()
-    ]
-    return batches, torch.cat([index.flatten() for index in batches]).argsort()
+    batches = []
+    for length, of_length in begins.items():
+        numbers, first = torch.tensor(of_length).unbind(1)
+        batches.append((numbers, first[:, None] + torch.arange(length)))
+    return batches, torch.cat([index.flatten() for _, index in batches]).argsort()

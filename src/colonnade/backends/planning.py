@@ -15,6 +15,7 @@ from colonnade.backends.tracing.flops import Sizes
 from colonnade.backends.tracing.memo import for_every_call
 from colonnade.backends.tracing.operation import contents
 from colonnade.pattern import FixedPattern, Part
+from colonnade.plan.places import Places, kept_places, last_places, packed_places
 from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan
 
 
@@ -54,6 +55,14 @@ def make_plan(options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int
     return _kept(options._replace(cu_seqlens=None), q_len, kv_len, documents, tuple(heads))
 
 
+def make_places(
+    options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int]
+) -> Places:
+    """Return the places of the queries and keys that `make_plan` is about."""
+    documents = None if options.cu_seqlens is None else documents_of(options.cu_seqlens, kv_len)
+    return _kept_places(options._replace(cu_seqlens=None), q_len, kv_len, documents, tuple(heads))
+
+
 def count_pairs(sizes: Sizes, *options: Any) -> int:
     """Return the `tracing.flops.Pairs` of an operation whose first options are `PLAN_SCHEMA`.
 
@@ -83,3 +92,19 @@ def _kept(
         else:
             plan = packed_plan(options.pattern, documents.lengths, heads)
         return replace(plan, gather=plan.gather.contiguous())
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_places(
+    options: PlanOptions,
+    q_len: int,
+    kv_len: int,
+    documents: Documents | None,
+    heads: tuple[int, ...],
+) -> Places:
+    with for_every_call(), torch.device("cpu"):
+        if documents is not None:
+            return packed_places(documents.lengths, documents.numbers)
+        if options.reduced:
+            return kept_places(options.pattern, q_len, kv_len, options.reduced, heads)
+        return last_places(q_len, kv_len)

@@ -10,15 +10,27 @@ import math
 from contextlib import nullcontext
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Kept, Packed, Seen, Whole
 from colonnade.backends.documents import by_documents, check_documents
+from colonnade.backends.dropout import factors
 from colonnade.backends.tracing.operation import may_decide
 from colonnade.pattern import FixedPattern, HasMask, Pattern
 from colonnade.plan.kept import kept_positions
-from colonnade.shapes import CuSeqlens, Key, LogSumExp, Mask, Output, Query, SeenMask, Value
+from colonnade.plan.places import kept_places, last_places
+from colonnade.shapes import (
+    CuSeqlens,
+    Key,
+    LogSumExp,
+    Mask,
+    Output,
+    Positions,
+    Query,
+    SeenMask,
+    Value,
+)
 
 
 def reason_unusable(build: bool = True) -> None:
@@ -34,9 +46,20 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     if isinstance(call.keys, Packed) and may_decide(call.keys.cu_seqlens):
         alone = call._replace(keys=Whole())
         out, lse = by_documents(
-            lambda q, k, v: attend(q, k, v, alone), call.keys.cu_seqlens, query, key, value
+            lambda numbers, *tensors: _attend(*tensors, alone, numbers),
+            call.keys.cu_seqlens,
+            query,
+            key,
+            value,
         )
         return out, lse
+    return _attend(query, key, value, call, torch.arange(query.shape[0], device=query.device))
+
+
+def _attend(
+    query: Query, key: Key, value: Value, call: Call, row: Int[Tensor, " batch"]
+) -> tuple[Output, LogSumExp]:
+    """Attend with the batch rows, or documents, of these numbers."""
     compute = torch.promote_types(query.dtype, torch.float32)
     q_len, kv_len, num_kv_heads = query.shape[2], key.shape[2], key.shape[1]
     # Whatever the default device is; a compiler cannot enter another one.
@@ -50,7 +73,13 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     scores = scores.masked_fill(~mask, -math.inf).masked_fill(empty, 0.0)
     weights = scores.softmax(-1).masked_fill(empty, 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
-    weights = F.dropout(weights, call.dropout_p)
+    if call.dropout.p > 0:
+        document, *places = _places(call, q_len, kv_len, num_kv_heads)
+        document, q_place, k_place = (each.to(query.device) for each in (document, *places))
+        head = torch.arange(query.shape[1], device=query.device).view(1, num_kv_heads, -1, 1)
+        row = row[:, None, None, None] + document
+        k_place = k_place[:, :, None]
+        weights = weights * factors(call.dropout, row, head, q_place[:, None, None], k_place)
     out = weights @ value[:, :, None].to(compute)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
@@ -77,6 +106,37 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
     return mask.index_select(1, last)[None]
 
 
+def _places(
+    call: Call, q_len: int, kv_len: int, num_kv_heads: int
+) -> tuple[Positions, Positions, Positions]:
+    """Return documents [q_len or 1], and the positions [batch or 1, q_len] of queries and
+    [batch or 1, kv_heads or 1, kv_len] of keys.
+    """
+    pattern, keys = call.pattern, call.keys
+    if isinstance(keys, Seen):
+        assert keys.query is not None
+        assert keys.key is not None
+        return torch.zeros(1, dtype=torch.long, device=keys.query.device), keys.query, keys.key
+    if isinstance(keys, Packed):
+        document, inside = _inside(keys.cu_seqlens, kv_len)
+        return document, inside[None], inside[None, None]
+    if isinstance(keys, Kept):
+        assert isinstance(pattern, FixedPattern)
+        heads = range(num_kv_heads)
+        places = kept_places(pattern, q_len, kv_len, keys.reduced, heads)
+    else:
+        places = last_places(q_len, kv_len)
+    return places.document, places.query[None], places.key[None]
+
+
+def _inside(ends: CuSeqlens, total: int) -> tuple[Positions, Positions]:
+    """Return the document of each token, and its position there, where nobody may look at them."""
+    position = torch.arange(total, device=ends.device)
+    # Of all boundaries, which are two at least: a compiler asks whether there is only one number.
+    document = (position[:, None] >= ends).sum(1) - 1
+    return document, position - ends[document]
+
+
 def _mask_of_documents(pattern: HasMask, ends: CuSeqlens, total: int, num_kv_heads: int) -> Mask:
     """Mark what is read inside each document, where nobody may look at how long they are."""
     if not isinstance(pattern, Pattern):
@@ -86,10 +146,7 @@ def _mask_of_documents(pattern: HasMask, ends: CuSeqlens, total: int, num_kv_hea
             "it. Use a Pattern, or attention for each document."
         )
     check_documents(ends, total)
-    position = torch.arange(total, device=ends.device)
-    # Of all boundaries, which are two at least: a compiler asks whether there is only one number.
-    document = (position[:, None] >= ends).sum(1) - 1
-    inside = position - ends[document]
+    document, inside = _inside(ends, total)
     together = document[:, None] == document
     read = [pattern.reads(inside[:, None], inside, head) for head in range(num_kv_heads)]
     return torch.stack(read) & together

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, Keys, Whole
+from colonnade.backends.dropout import Dropout
 from colonnade.backends.tracing.autocast import AUTOCAST_DTYPES
 from colonnade.pattern import HasMask, Pattern
 
@@ -138,11 +139,14 @@ def make_call(
     query: Tensor,
     pattern: HasMask,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float | Dropout = 0.0,
     return_lse: bool = True,
     keys: Keys = WHOLE,
 ) -> Call:
-    """Check the options of a call, and fill in the scale."""
+    """Check the options of a call, and fill in the scale.
+
+    A part of a larger call brings the `Dropout` of that one instead of a probability.
+    """
     # A Protocol asks for every method by name: slow, so what everybody passes goes first.
     if not isinstance(pattern, Pattern) and (
         isinstance(pattern, type) or not isinstance(pattern, HasMask)
@@ -155,8 +159,10 @@ def make_call(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     check_finite("scale", scale)
-    check_probability("dropout_p", dropout_p)
-    return Call(pattern, float(scale), float(dropout_p), return_lse, keys)
+    if not isinstance(dropout_p, Dropout):
+        check_probability("dropout_p", dropout_p)
+        dropout_p = Dropout(float(dropout_p))
+    return Call(pattern, float(scale), dropout_p, return_lse, keys)
 
 
 def check_finite(name: str, number: float) -> None:

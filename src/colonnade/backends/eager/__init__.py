@@ -8,7 +8,6 @@
     windowed.py  strided and local patterns: windows and columns
     full.py      full patterns, in PyTorch's own kernel where that keeps the contract
     seen.py      queries that read all keys, or marked ones: a decoder's token, static caches
-    dropout.py   factors on the weights, drawn again in the backward
 
 Nothing grows like n². Scores, weights and all gradients are kept in float32 for half-precision
 inputs (in float64 for float64); only results are rounded.
@@ -44,7 +43,7 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     """softmax(scale · q kᵀ) v over what is read, and the log of its denominator."""
     pattern = call.pattern
     if isinstance(call.keys, Seen):
-        return seen.attend(query, key, value, call.keys.mask, call)
+        return seen.attend(query, key, value, call.keys, call)
     if isinstance(pattern, StridedPattern | LocalPattern):
         return windowed.attend(query, key, value, pattern, call)
     if isinstance(pattern, FullPattern):

@@ -14,11 +14,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from colonnade.backends.call import Call, Seen, in_order, only_heads
-from colonnade.backends.eager.dropout import Dropout, draw_seeds, multiply_
+from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout, multiply_
 from colonnade.backends.eager.padded import PaddedRows
-from colonnade.backends.eager.rows import Rows
+from colonnade.backends.eager.rows import Dropped, Rows
 from colonnade.backends.eager.stacked import StackedRows
-from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, count_pairs, make_plan
+from colonnade.backends.planning import (
+    PLAN_SCHEMA,
+    PlanOptions,
+    count_pairs,
+    make_places,
+    make_plan,
+)
 from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import FixedPattern
 from colonnade.plan.table import Plan, heads_by_plan
@@ -29,11 +35,10 @@ def attend(
     query: Query, key: Key, value: Value, pattern: FixedPattern, call: Call
 ) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over what a fixed pattern reads, and the log of its denominator."""
-    seeds = draw_seeds(call.dropout_p, len(heads_by_plan(pattern, key.shape[1])))
     p, keys = pattern, call.keys
     assert not isinstance(keys, Seen)
     sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
-    return _attend(query, key, value, *sets, call.scale, call.dropout_p, seeds)
+    return _attend(query, key, value, *sets, call.scale, *call.dropout)
 
 
 class _Group(NamedTuple):
@@ -42,17 +47,21 @@ class _Group(NamedTuple):
     heads: range
     plan: Plan
     scale: float
-    dropout: Dropout
+    dropped: Dropped | None
 
 
 def _groups(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> list[_Group]:
-    *sets, scale, dropout_p, seeds = options
-    given = PlanOptions(*sets)
+    num_sets = len(PlanOptions._fields)
+    given, scale = PlanOptions(*options[:num_sets]), options[num_sets]
+    dropout, lengths = Dropout(*options[num_sets + 1 :]), (query.shape[2], key.shape[2])
     groups = []
-    for index, heads in enumerate(heads_by_plan(given.pattern, key.shape[1])):
-        plan = make_plan(given, query.shape[2], key.shape[2], heads)
-        dropout = Dropout(dropout_p, None if seeds is None else seeds[index], query.device)
-        groups.append(_Group(heads, plan, scale, dropout))
+    for heads in heads_by_plan(given.pattern, key.shape[1]):
+        plan = make_plan(given, *lengths, heads)
+        dropped = None
+        if dropout.p > 0:
+            group = query.shape[1] // key.shape[1]
+            dropped = Dropped(dropout, make_places(given, *lengths, heads), heads, group)
+        groups.append(_Group(heads, plan, scale, dropped))
     return groups
 
 
@@ -80,7 +89,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[
 def _rows(group: _Group, query: Tensor, key: Tensor, value: Tensor) -> Rows:
     """A CPU wants tiles that fit into its caches, every other device few launches."""
     way = StackedRows if query.device.type == "cpu" else PaddedRows
-    return way(group.plan, query, key, value)
+    return way(group.plan, query, key, value, group.dropped)
 
 
 def _forward_of(group: _Group, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +106,7 @@ def _forward_of(group: _Group, query: Tensor, key: Tensor, value: Tensor) -> tup
         peak.masked_fill_(peak == -math.inf, 0.0)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
-        multiply_(weights, group.dropout.factors(weights))
+        multiply_(weights, tile.factors())
         result = (weights @ tile.values()).div_(total.masked_fill(total == 0, 1.0))
         tile.put(out, result)
         tile.put(lse, peak + total.log())
@@ -133,7 +142,7 @@ def _backward_of(
         tile.hide(scores)
         weights = scores.sub_(tile.queries(lse)).exp_()
         d_out = tile.queries(grad_out)
-        kept = group.dropout.factors(weights)
+        kept = tile.factors()
         d_value = (weights if kept is None else weights * kept).mT @ d_out
         d_weights = multiply_(d_out @ v.mT, kept)
         # delta = sum_j P_ij dP_ij: the whole row is at hand, so the rounded output is not needed.
@@ -153,7 +162,7 @@ def _backward_of(
 
 _attend = define_attention(
     "colonnade::eager",
-    f"{PLAN_SCHEMA}, float scale, float dropout_p, Tensor? seeds",
+    f"{PLAN_SCHEMA}, float scale, {DROPOUT_SCHEMA}",
     _forward,
     _backward,
     LSE,

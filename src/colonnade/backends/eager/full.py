@@ -68,7 +68,7 @@ def keeps_the_contract(
         and dense_widths
         and query.numel() > 0
         and (call.scale > 0 or not masked)
-        and call.dropout_p == 0
+        and call.dropout.p == 0
         and not call.return_lse
         and not may_be_counted()
         and not is_mapped(query, key, value)

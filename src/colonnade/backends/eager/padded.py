@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from colonnade.backends.eager.layout import Shape, layout_of
-from colonnade.backends.eager.rows import Gradient, Rows, Tile
+from colonnade.backends.eager.rows import Dropped, Gradient, Rows, Tile
 from colonnade.backends.tracing.device import kept_on_device
 from colonnade.plan.table import Plan
 from colonnade.shapes import Key, Query, Value
@@ -29,8 +30,10 @@ MOST_ENTRIES = 2**26
 class PaddedRows(Rows):
     """Rows of similar shapes form tiles; queries are laid out in the order of the tiles."""
 
-    def __init__(self, plan: Plan, query: Query, key: Key, value: Value) -> None:
-        super().__init__(plan, key)
+    def __init__(
+        self, plan: Plan, query: Query, key: Key, value: Value, dropped: Dropped | None
+    ) -> None:
+        super().__init__(plan, key, dropped)
         heads, widths = query.shape[:2].numel(), key.shape[3] + value.shape[3]
         entries = key.shape[:2].numel() * widths
         self.layout = kept_on_device(key.device, layout_of, plan, heads, entries, MOST_ENTRIES)
@@ -41,8 +44,15 @@ class PaddedRows(Rows):
     def _readable(self, tensor: Tensor) -> Tensor:
         """Return what rows may read: the slots, and behind them all keys where own keys are any."""
         index = self.index.expand(*tensor.shape[:2], -1, tensor.shape[3])
-        slots = tensor.gather(2, index)
-        return slots if self.own_from_slots else torch.cat([slots, tensor], 2)
+        return self._side_by_side(tensor.gather(2, index), tensor)
+
+    def _side_by_side(self, slots: Tensor, keys: Tensor) -> Tensor:
+        return slots if self.own_from_slots else torch.cat([slots, keys], 2)
+
+    @cached_property
+    def key_places(self) -> Tensor:
+        """The positions of what rows may read."""
+        return self._side_by_side(self.placed.slot, self.placed.key)
 
     def tiles(self) -> Iterator[Tile]:
         """Yield all tiles."""
@@ -73,8 +83,9 @@ class PaddedRows(Rows):
 
 
 class _PaddedTile(Tile):
+    rows: PaddedRows
+
     def __init__(self, rows: PaddedRows, shape: Shape) -> None:
-        super().__init__(rows.kv_heads, rows.compute)
         self.rows = rows
         self.shape = shape
         layout, place = rows.layout, rows.place
@@ -100,16 +111,19 @@ class _PaddedTile(Tile):
 
     def keys(self) -> Tensor:
         """The keys that rows read."""
-        return self._read(self.rows.key)
+        return self._read(self.rows.key).to(self.rows.compute)
 
     def values(self) -> Tensor:
         """The values that rows read."""
-        return self._read(self.rows.value)
+        return self._read(self.rows.value).to(self.rows.compute)
 
     def _read(self, readable: Tensor) -> Tensor:
-        read = readable.index_select(2, self.index).to(self.compute)
+        read = readable.index_select(2, self.index)
         by_row: Tensor = read.unflatten(2, (-1, self.shape.slots + self.shape.own_keys))
         return by_row
+
+    def _places_of_keys(self) -> Tensor:
+        return self._read(self.rows.key_places)
 
     def hide(self, scores: Tensor) -> None:
         """Hide padding, and the own keys that a query does not see."""

@@ -8,14 +8,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from colonnade.backends.dropout import Dropout, factors
 from colonnade.backends.tracing.device import kept_on_device
+from colonnade.plan.places import Places
 from colonnade.plan.table import Plan
 from colonnade.shapes import Gather, Key
+
+
+class Dropped(NamedTuple):
+    """What says which weights of some key heads are dropped."""
+
+    dropout: Dropout
+    places: Places
+    heads: range
+    """Numbers of the key heads."""
+    group: int
+    """Query heads of each key head."""
+
+
+class Placed(NamedTuple):
+    """`Places` laid out as the queries, keys and slots are that they belong to."""
+
+    document: Tensor
+    query: Tensor
+    key: Tensor
+    slot: Tensor
 
 
 class Gradient(NamedTuple):
@@ -35,12 +58,13 @@ class Rows(ABC):
     written is taken out again after the last one.
     """
 
-    def __init__(self, plan: Plan, key: Key) -> None:
+    def __init__(self, plan: Plan, key: Key, dropped: Dropped | None) -> None:
         self.own_from_slots = plan.own_from_slots
+        self.plan = plan
+        self.dropped = dropped
         self.compute = torch.promote_types(key.dtype, torch.float32)
-        self.kv_heads = key.shape[1]
+        self.batch, self.kv_heads = key.shape[:2]
         self.index = kept_on_device(key.device, _gather, plan)[None, :, :, None]
-
     @abstractmethod
     def tiles(self) -> Iterator[Tile]:
         """Yield all tiles, in every pass the same ones in the same order."""
@@ -52,6 +76,16 @@ class Rows(ABC):
     def take_out(self, laid_out: Tensor) -> Tensor:
         """Return [B, Hq, Tq, D] of what was laid out."""
         return laid_out
+
+    @cached_property
+    def placed(self) -> Placed:
+        """The places of queries and keys, where weights are dropped."""
+        assert self.dropped is not None
+        device = self.index.device
+        document, query, key, slot = kept_on_device(device, _placed, self.plan, self.dropped.places)
+        return Placed(
+            self.lay_out(document), self.lay_out(query), key.expand(-1, self.kv_heads, -1, -1), slot
+        )
 
     @abstractmethod
     def gradient(self, tensor: Tensor) -> Gradient:
@@ -66,15 +100,30 @@ class Rows(ABC):
 class Tile(ABC):
     """Some rows as one batch."""
 
-    def __init__(self, kv_heads: int, compute: torch.dtype) -> None:
-        self.kv_heads = kv_heads
-        self.compute = compute
+    rows: Rows
 
     def queries(self, laid_out: Tensor) -> Tensor:
         """Queries as [B, Hkv, m, G·r, D]: the query heads of a key head stacked."""
-        rows = self._take(laid_out).to(self.compute)
-        stacked: Tensor = rows.unflatten(1, (self.kv_heads, -1)).transpose(2, 3).flatten(3, 4)
+        rows = self._take(laid_out).to(self.rows.compute)
+        stacked: Tensor = rows.unflatten(1, (self.rows.kv_heads, -1)).transpose(2, 3).flatten(3, 4)
         return stacked
+
+    def factors(self) -> Tensor | None:
+        """The factors [B, Hkv, m, G·r, N] of the weights; None if nothing is dropped."""
+        dropped = self.rows.dropped
+        if dropped is None:
+            return None
+        placed, (heads, group) = self.rows.placed, dropped[2:]
+        # Stacked as `queries` stacks them.
+        document, query = (
+            self._take(each)[..., 0].repeat(1, 1, 1, group) for each in placed[:2]
+        )
+        device, length = query.device, query.shape[3] // group
+        kv_head = torch.arange(heads.start, heads.stop, heads.step, device=device)
+        head = kv_head[:, None] * group + torch.arange(group, device=device)
+        row = torch.arange(self.rows.batch, device=device)[:, None, None, None] + document
+        head = head.repeat_interleave(length, 1)[:, None]
+        return factors(dropped.dropout, row, head[None], query, self._places_of_keys()[..., 0])
 
     def put(self, laid_out: Tensor, rows: Tensor) -> None:
         """Write [B, Hkv, m, G·r, D] where `queries` reads."""
@@ -98,6 +147,10 @@ class Tile(ABC):
         """The values [B, Hkv, m, N, D] that rows read."""
 
     @abstractmethod
+    def _places_of_keys(self) -> Tensor:
+        """The positions [1, Hkv, m, N, 1] of the keys that rows read."""
+
+    @abstractmethod
     def hide(self, scores: Tensor) -> None:
         """Write -inf into [B, Hkv, m, G·r, N] where a query does not read a key."""
 
@@ -108,3 +161,9 @@ class Tile(ABC):
 
 def _gather(plan: Plan) -> Gather:
     return plan.gather
+
+
+def _placed(plan: Plan, places: Places) -> Placed:
+    document, query = (each[None, None, :, None] for each in (places.document, places.query))
+    key, slot = (each[None, :, :, None] for each in (places.key, places.slots(plan.gather)))
+    return Placed(document, query, key, slot)

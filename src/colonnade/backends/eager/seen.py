@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.call import Call
+from colonnade.backends.call import Call, Seen
+from colonnade.backends.dropout import factors
 from colonnade.backends.tracing.operation import first_order, is_mapped, may_be_counted
 from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
 
@@ -22,12 +23,13 @@ ROWS = 4
 
 
 def attend(
-    query: Query, key: Key, value: Value, mask: SeenMask | None, call: Call
+    query: Query, key: Key, value: Value, keys: Seen, call: Call
 ) -> tuple[Output, LogSumExp | None]:
     """softmax(scale · q kᵀ) v over the keys that are marked, 0 where there is none.
 
     Keys that are not marked must be finite, for PyTorch multiplies them by 0.
     """
+    mask = keys.mask
     batch, heads, q_len, _ = query.shape
     if key.shape[2] == 0:
         compute = torch.promote_types(query.dtype, torch.float32)
@@ -44,11 +46,17 @@ def attend(
             mask, empty = (
                 t[:, :, None].expand(*grouped.shape[:4], -1).flatten(2, 3) for t in (mask, empty)
             )
-    products = call.return_lse or (
-        key.device.type == "cpu" and (may_be_counted() or is_mapped(query, key, value))
+    products = (
+        call.return_lse
+        or call.dropout.p > 0
+        or (key.device.type == "cpu" and (may_be_counted() or is_mapped(query, key, value)))
     )
-    attend_rows = _in_two_products if products else _in_pytorchs_kernel
-    out, lse_of_rows = attend_rows(rows, key, value, mask, call)
+    lse_of_rows: Tensor | None
+    if products:
+        kept = _factors(keys, grouped, call) if call.dropout.p > 0 else None
+        out, lse_of_rows = _in_two_products(rows, key, value, mask, call.scale, kept)
+    else:
+        out, lse_of_rows = _in_pytorchs_kernel(rows, key, value, mask, call.scale), None
     if empty is not None:
         out = out.masked_fill(empty, 0.0)
         if lse_of_rows is not None:
@@ -60,26 +68,44 @@ def attend(
     return out, lse_of_rows.unflatten(2, by_head).flatten(1, 2)
 
 
+def _factors(keys: Seen, grouped: Tensor, call: Call) -> Tensor:
+    """Return the factors of the weights of [batch, kv_heads, group, q_len, …], as rows have them."""
+    assert keys.query is not None
+    assert keys.key is not None
+    batch, kv_heads, group, q_len, _ = grouped.shape
+    device = grouped.device
+    row = torch.arange(batch, device=device)[:, None, None, None]
+    head = torch.arange(kv_heads * group, device=device).view(1, kv_heads, group, 1)
+    query, key = keys.query[:, None, None], keys.key[:, :, None]
+    return factors(call.dropout, row, head, query, key).flatten(2, 3)
+
+
 def _in_pytorchs_kernel(
-    rows: Tensor, key: Tensor, value: Tensor, mask: SeenMask | None, call: Call
-) -> tuple[Tensor, Tensor | None]:
-    """It gives no log-sum-exp."""
+    rows: Tensor, key: Tensor, value: Tensor, mask: SeenMask | None, scale: float
+) -> Tensor:
+    """It gives no log-sum-exp, and drops other weights."""
     wanted = rows.shape[2]
     if wanted == 1 and rows.dtype in HALF and rows.device.type == "cpu":
         rows = rows.repeat(1, 1, ROWS, 1)
     rows, key, value = first_order(rows, key, value)
-    out: Tensor = F.scaled_dot_product_attention(
-        rows, key, value, mask, call.dropout_p, scale=call.scale
-    )
-    return first_order(out)[0][:, :, :wanted], None
+    out: Tensor = F.scaled_dot_product_attention(rows, key, value, mask, scale=scale)
+    return first_order(out)[0][:, :, :wanted]
 
 
 def _in_two_products(
-    rows: Tensor, key: Tensor, value: Tensor, mask: SeenMask | None, call: Call
-) -> tuple[Tensor, Tensor | None]:
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SeenMask | None,
+    scale: float,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`kept` holds the factors of the weights, None if nothing is dropped."""
     compute = torch.promote_types(rows.dtype, torch.float32)
-    scores = rows.to(compute) @ key.to(compute).mT * call.scale
+    scores = rows.to(compute) @ key.to(compute).mT * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    weights = F.dropout(scores.softmax(-1), call.dropout_p)
+    weights = scores.softmax(-1)
+    if kept is not None:
+        weights = weights * kept
     return (weights @ value.to(compute)).to(rows.dtype), scores.logsumexp(-1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from colonnade.backends.eager.rows import Gradient, Rows, Tile
+from colonnade.backends.eager.rows import Dropped, Gradient, Rows, Tile
 from colonnade.backends.tracing.memo import remembered
 from colonnade.plan.table import Plan, Row, table_rows
 from colonnade.shapes import Key, Query, Value
@@ -64,8 +64,10 @@ def _shapes(table: Tensor, heads: int, most_scores: int) -> list[_Shape]:
 class StackedRows(Rows):
     """Rows of one shape form tiles; queries stay where they are."""
 
-    def __init__(self, plan: Plan, query: Query, key: Key, value: Value) -> None:
-        super().__init__(plan, key)
+    def __init__(
+        self, plan: Plan, query: Query, key: Key, value: Value, dropped: Dropped | None
+    ) -> None:
+        super().__init__(plan, key, dropped)
         self.shapes = _shapes(plan.table, query.shape[:2].numel(), STACKED_SCORES)
         self.shift = plan.shift[:, None, None]
         self.slot_key = key.take_along_dim(self.index, 2).to(self.compute)
@@ -95,8 +97,9 @@ class StackedRows(Rows):
 
 
 class _StackedTile(Tile):
+    rows: StackedRows
+
     def __init__(self, rows: StackedRows, shape: _Shape) -> None:
-        super().__init__(rows.kv_heads, rows.compute)
         self.rows = rows
         self.shape = shape
 
@@ -120,8 +123,12 @@ class _StackedTile(Tile):
 
     def _read(self, slots: Tensor, own: Tensor) -> Tensor:
         shape = self.shape
-        own_part = _take(own, shape.own_begin, shape.own_keys).to(self.compute)
+        own_part = _take(own, shape.own_begin, shape.own_keys).to(slots.dtype)
         return torch.cat([_take(slots, shape.slot_begin, shape.slots), own_part], 3)
+
+    def _places_of_keys(self) -> Tensor:
+        placed = self.rows.placed
+        return self._read(placed.slot, placed.slot if self.rows.own_from_slots else placed.key)
 
     def hide(self, scores: Tensor) -> None:
         """Hide the own keys that a query does not see: all slots of a row are read."""

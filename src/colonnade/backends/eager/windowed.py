@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Packed
 from colonnade.backends.documents import by_documents, lengths_to_count
-from colonnade.backends.eager.dropout import Dropout, draw_seeds, multiply_
+from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout, factors, multiply_
 from colonnade.backends.tracing.flops import Sizes
 from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import LocalPattern, Part, StridedPattern
@@ -54,9 +54,8 @@ def attend(
         width,
         reads,
         call.scale,
-        call.dropout_p,
-        draw_seeds(call.dropout_p),
         call.keys.cu_seqlens if isinstance(call.keys, Packed) else None,
+        *call.dropout,
     )
 
 
@@ -95,6 +94,12 @@ class _Window:
         # What would lie above the first line of keys has no weight.
         hidden = 1 if first == 0 else 0
         into[..., first - 1 + hidden : into.shape[-3] - 1, :, :] += above[..., hidden:, :, :]
+
+    def factors(
+        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: Tensor
+    ) -> Tensor:
+        """The factors of the weights, given the positions of [lines, width, 1] keys."""
+        return factors(dropout, row, head, query, self._keys(position)[None, None, ..., 0])
 
     def reaches(self, bad: Tensor) -> Tensor:
         """Mark the queries whose window holds a marked key, by sums along lines."""
@@ -137,6 +142,13 @@ class _Column:
         spread = weights.transpose(-3, -2).mT @ x.transpose(-3, -2)
         self._under(into).add_(spread.transpose(-3, -2))
 
+    def factors(
+        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: Tensor
+    ) -> Tensor:
+        """The factors of the weights, given the positions of [lines, width, 1] keys."""
+        above = self._under(position)[..., 0].mT
+        return factors(dropout, row, head, query.mT, above[None, None]).transpose(-3, -2)
+
     def reaches(self, bad: Tensor) -> Tensor:
         """Mark the queries whose column holds a marked key, or theirs, by sums down the lines."""
         counts = self._under(bad).long().cumsum(-3)
@@ -175,8 +187,11 @@ class _Laid:
 
     def queries(self, tensor: Tensor) -> Tensor:
         """[B, Hq, Tq, D] as [B, Hkv, G, q_lines, q_columns, D]."""
-        grouped: Tensor = tensor.unflatten(1, (self.kv_heads, -1)).to(self.compute)
-        return grouped[..., None, :, :] if self.q_lines == 1 else self._lines(grouped)
+        return self.queries_of(tensor.unflatten(1, (self.kv_heads, -1)).to(self.compute))
+
+    def queries_of(self, tensor: Tensor) -> Tensor:
+        """[…, Tq, D] as […, q_lines, q_columns, D]."""
+        return tensor[..., None, :, :] if self.q_lines == 1 else self._lines(tensor)
 
     def _lines(self, tensor: Tensor) -> Tensor:
         """[…, n, D] as […, lines, width, D], zeros in front of the first position."""
@@ -200,6 +215,19 @@ class _Laid:
         ]
         return torch.cat(masked, -1)
 
+    def factors(self, dropout: Dropout, numbers: Tensor) -> Tensor | None:
+        """The factors of the weights of batch rows, or documents, of these numbers."""
+        if dropout.p == 0:
+            return None
+        device, group = self.q.device, self.q.shape[2]
+        last = torch.arange(self.kv_len, device=device)
+        query = self.queries_of(last[self.kv_len - self.q_len :, None])[None, None, ..., 0]
+        head = torch.arange(self.kv_heads * group, device=device)[None, :, None, None]
+        row, position = numbers[:, None, None, None], self._lines(last[:, None])
+        each = [region.factors(dropout, row, head, query, position) for region in self.regions]
+        by_head: Tensor = torch.cat(each, -1).unflatten(1, (self.kv_heads, group))
+        return by_head
+
     def split(self, weights: Tensor) -> list[tuple[_Window | _Column, Tensor]]:
         """Each region with its share of what lies side by side."""
         parts = weights.split([region.num_keys for region in self.regions], -1)
@@ -213,18 +241,17 @@ def _forward(
     width: int,
     reads: Reads,
     scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
     cu_seqlens: Tensor | None,
+    *dropout: Any,
 ) -> tuple[Tensor, Tensor]:
-    dropout = Dropout(dropout_p, seed, query.device)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def attend(
+        numbers: Tensor, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, ...]:
         laid = _Laid(query, key, value, width, reads, scale)
         scores = laid.scores()
         lse = scores.logsumexp(-1, keepdim=True)
         weights = scores.sub_(lse).exp_()
-        multiply_(weights, dropout.factors(weights))
+        multiply_(weights, laid.factors(Dropout(*dropout), numbers))
         outs = [region.weigh(own, laid.v) for region, own in laid.split(weights)]
         # A value that is not finite reaches its readers, and nobody else as 0 · NaN.
         out = sum(outs[1:], outs[0]).masked_fill_(laid.reached, math.nan)
@@ -245,19 +272,22 @@ def _backward(
     width: int,
     reads: Reads,
     scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
     cu_seqlens: Tensor | None,
+    *dropout: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dropout = Dropout(dropout_p, seed, query.device)
-
     def differentiate(
-        grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor
+        numbers: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lse: Tensor,
     ) -> tuple[Tensor, ...]:
         laid = _Laid(query, key, value, width, reads, scale)
         d_out = laid.queries(grad_out)
         weights = laid.scores().sub_(laid.queries(lse[..., None])).exp_()
-        kept = dropout.factors(weights)
+        kept = laid.factors(Dropout(*dropout), numbers)
         d_weights = torch.cat([region.products(d_out, laid.v) for region in laid.regions], -1)
         multiply_(d_weights, kept)
         delta = (weights * d_weights).sum(-1, keepdim=True) - laid.queries(grad_lse[..., None])
@@ -281,16 +311,18 @@ def _backward(
     return d_query, d_key, d_value
 
 
-def _count_pairs(sizes: Sizes, width: int, reads: Reads, *options: Any) -> int:
+def _count_pairs(
+    sizes: Sizes, width: int, reads: Reads, scale: float, cu_seqlens: Tensor | None, *dropout: Any
+) -> int:
     pattern = LocalPattern(width) if reads == "window" else StridedPattern(width, reads)
-    every = sum(map(pattern.num_pairs, lengths_to_count(options[-1], sizes.kv_len)))
+    every = sum(map(pattern.num_pairs, lengths_to_count(cu_seqlens, sizes.kv_len)))
     of_earlier_queries = pattern.num_pairs(sizes.kv_len - sizes.q_len)
     return sizes.batch * sizes.kv_heads * (every - of_earlier_queries)
 
 
 _attend = define_attention(
     "colonnade::windowed",
-    "int width, str reads, float scale, float dropout_p, Tensor? seed, Tensor? cu_seqlens",
+    f"int width, str reads, float scale, Tensor? cu_seqlens, {DROPOUT_SCHEMA}",
     _forward,
     _backward,
     LSE,

@@ -8,6 +8,7 @@ An operation makes the plan and calls a kernel, forward or backward; csrc/ has w
     forward.h     tiles of scores, one online softmax
     backward.h    scores once more, transposed; five products a granule of keys
     slot_grads.h  shares of the backward, and the gradients of slots that they add up
+    dropout.h     which weights are dropped
     decode.h      one query over what a cache keeps, without copies
     ceiling.h     the products and exponentials alone, for benchmarks
     library.cpp   the kernels as operations of PyTorch
@@ -24,8 +25,15 @@ import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, Seen
+from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout
 from colonnade.backends.native import build as library
-from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, count_pairs, make_plan
+from colonnade.backends.planning import (
+    PLAN_SCHEMA,
+    PlanOptions,
+    count_pairs,
+    make_places,
+    make_plan,
+)
 from colonnade.backends.tracing.constant import constant_when_compiled
 from colonnade.backends.tracing.flops import Sizes, count_forward
 from colonnade.backends.tracing.operation import (
@@ -57,6 +65,8 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | N
             return "has no gradients for a decoder's query, got requires_grad=True"
         if torch._C._are_functorch_transforms_active() and is_mapped(query, key, value):
             return "does not map a decoder's query, and torch.vmap asks for that"
+        if call.dropout.p > 0:
+            return f"has no dropout for a decoder's query, got dropout_p={call.dropout.p}"
     elif not isinstance(pattern, FixedPattern):
         return f"runs FixedPattern only, got a {type(pattern).__name__}"
     elif not pattern.causal:
@@ -65,8 +75,6 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | N
         return f"runs on CPUs only, got query.device={query.device}"
     if query.dtype not in DTYPES:
         return f"computes in {' and '.join(map(str, DTYPES))}, got query.dtype={query.dtype}"
-    if call.dropout_p > 0:
-        return f"has no dropout, got dropout_p={call.dropout_p}"
     return reason_unusable()
 
 
@@ -83,7 +91,7 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     p, keys = call.pattern, call.keys
     assert isinstance(p, FixedPattern)
     sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
-    return _attend(query, key, value, *sets, call.scale)
+    return _attend(query, key, value, *sets, call.scale, *call.dropout)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -111,9 +119,19 @@ def _backward(
 
 def _plan(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the options of the kernels: _PLAN."""
-    *sets, scale = options
-    plan = make_plan(PlanOptions(*sets), query.shape[2], key.shape[2], range(key.shape[1]))
-    return plan.gather, plan.table, plan.shift, plan.own_from_slots, scale
+    num_sets = len(PlanOptions._fields)
+    given, scale, dropout = PlanOptions(*options[:num_sets]), options[num_sets], Dropout(
+        *options[num_sets + 1 :]
+    )
+    lengths = query.shape[2], key.shape[2], range(key.shape[1])
+    plan = make_plan(given, *lengths)
+    dropped: list[Tensor] = []
+    if dropout.p > 0:
+        places = make_places(given, *lengths)
+        assert dropout.seed is not None
+        dropped = [dropout.seed, places.document, places.query, places.key]
+    kept = dropped, dropout.threshold, dropout.factor, list(dropout[2:])
+    return plan.gather, plan.table, plan.shift, plan.own_from_slots, scale, *kept
 
 
 def _define_kernel(name: str, schema: str) -> None:
@@ -136,7 +154,10 @@ def _define_kernel(name: str, schema: str) -> None:
         return getattr(torch.ops.colonnade, name.removeprefix("colonnade::"))(query, *others)
 
 
-_PLAN = "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale"
+_PLAN = (
+    "Tensor gather, Tensor table, Tensor shift, bool own_from_slots, float scale, "
+    "Tensor[] dropped, int threshold, float factor, int[] first"
+)
 _define_kernel(
     "colonnade::native_forward_kernel",
     f"(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
@@ -161,6 +182,11 @@ def _count_entries(sizes: Sizes, reads: Tensor | None, scale: float) -> int:
 
 count_forward("colonnade::native_decode", _count_entries)
 torch.library.define(
+    "colonnade::native_dropout",
+    "(Tensor row, Tensor head, Tensor query, Tensor key, Tensor seed, int threshold, float factor) "
+    "-> Tensor",
+)
+torch.library.define(
     "colonnade::native_ceiling",
     "(Tensor like, int qk_dim, int v_dim, float seconds) -> (float, float)",
 )
@@ -183,7 +209,7 @@ def ceiling(like: Tensor, qk_dim: int, v_dim: int, seconds: float = 0.5) -> tupl
 
 _attend = define_attention(
     "colonnade::native",
-    f"{PLAN_SCHEMA}, float scale",
+    f"{PLAN_SCHEMA}, float scale, {DROPOUT_SCHEMA}",
     _forward,
     _backward,
     OUTPUT_AND_LSE,

@@ -77,8 +77,8 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | N
         return f"runs FixedPattern only, got a {type(pattern).__name__}"
     if query.dtype not in DTYPES:
         return f"computes in {', '.join(map(str, DTYPES))}, got query.dtype={query.dtype}"
-    if call.dropout_p > 0:
-        return f"has no dropout, got dropout_p={call.dropout_p}"
+    if call.dropout.p > 0:
+        return f"has no dropout, got dropout_p={call.dropout.p}"
     widths = query.shape[3], value.shape[3]
     if not all(1 <= width <= WIDEST for width in widths):
         return f"takes widths from 1 to {WIDEST}, got qk_dim={widths[0]} and v_dim={widths[1]}"

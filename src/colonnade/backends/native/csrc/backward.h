@@ -117,6 +117,7 @@ class Backward {
     Buffer<float> products, weight_grads;
     Buffer<float> key_grads, value_grads, own_key_grads, own_value_grads;
     Granules fresh;
+    FactorsOfQueries<kPieceQueries> factors;
   };
 
   // Pack up to kGranule keys and values of a head, at the positions that `position` gives.
@@ -149,7 +150,7 @@ class Backward {
     }
   }
 
-  void run_share(const Head& head, int64_t share, const Scratch& scratch) const {
+  void run_share(const Head& head, int64_t share, Scratch& scratch) const {
     slot_grads_.clear(head, share);
     const auto [row_begin, row_end] = slot_grads_.rows(share);
     for (int64_t index = row_begin; index < row_end; ++index) {
@@ -167,10 +168,16 @@ class Backward {
   }
 
   void differentiate(const Head& head, int64_t q_head, int64_t share, const Piece& piece,
-                     const Scratch& scratch) const {
+                     Scratch& scratch) const {
     const Row& row = problem_.rows[piece.row];
     const int64_t queries = round_up(piece.num_queries(), kQueryStep);
     load_queries(head.batch, q_head, piece, queries, scratch);
+    if (problem_.dropout.drops) {
+      const Counter first = problem_.dropout.counter_of(head.batch, q_head, piece.q_begin);
+      scratch.factors.set_queries(piece.num_queries(), [&](int64_t i) {
+        return problem_.dropout.place_of_query(piece.q_begin + i);
+      }, first.head, first.row);
+    }
     const FreshKeys fresh(problem_, piece, head);
     for (int64_t first = 0; first < fresh.count; first += kGranule) {
       const int64_t count = std::min(kGranule, fresh.count - first);
@@ -179,6 +186,8 @@ class Backward {
       const KeyGrads grads{scratch.key_grads.get(), scratch.value_grads.get(), /*add=*/false};
       multiply_granule(granule, count, queries, [&](int64_t i) {
         return std::min(fresh.first_to_see(first + i), queries);
+      }, [&](int64_t i) {
+        return problem_.dropout.place_of_key(head.kv_head, fresh.position(first + i));
       }, grads, scratch);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t own = first + i - fresh.left_over, slot = row.slot_end + own;
@@ -197,14 +206,16 @@ class Backward {
       const KeyGrads grads{slot_grads_.key(head, share, slot), slot_grads_.value(head, share, slot),
                            /*add=*/true};
       multiply_granule(granules_[first_granule + i], kGranule, queries,
-                       [](int64_t) { return int64_t{0}; }, grads, scratch);
+                       [](int64_t) { return int64_t{0}; }, [&](int64_t j) {
+        return problem_.dropout.place_of_key(head.kv_head, problem_.slot_position(head.kv_head, slot + j));
+      }, grads, scratch);
     }
     store_query_grads(head.batch, q_head, piece, scratch);
   }
 
   // Copy the queries of a piece and what belongs to them, with rows of zeros up to `queries`.
   void load_queries(int64_t batch, int64_t q_head, const Piece& piece, int64_t queries,
-                    const Scratch& scratch) const {
+                    Scratch& scratch) const {
     copy_rows(piece.num_queries(), [&](int64_t i) {
       return query_.at(batch, q_head, piece.q_begin + i);
     }, problem_.qk_dim, qk_width_, scratch.queries.get());
@@ -257,11 +268,11 @@ class Backward {
   }
 
   // The five products of the first `count` keys of a granule and the queries of a piece. Queries
-  // from first_to_see(i) on see key i; it does not fall as i grows.
-  template <typename FirstToSee>
+  // from first_to_see(i) on see key i, which is at place(i); it does not fall as i grows.
+  template <typename FirstToSee, typename Place>
   void multiply_granule(const Granule& granule, int64_t count, int64_t queries,
-                        const FirstToSee& first_to_see, const KeyGrads& grads,
-                        const Scratch& scratch) const {
+                        const FirstToSee& first_to_see, const Place& place, const KeyGrads& grads,
+                        Scratch& scratch) const {
     const int64_t keys = round_up(count, kStep);
     const int64_t begin = first_to_see(0) / kQueryStep * kQueryStep, across = queries - begin;
     float* products = scratch.products.get();
@@ -280,8 +291,12 @@ class Backward {
     const QueryStatistics statistics{scratch.lse.get(), scratch.delta.get(), problem_.scale};
     for (int64_t i = 0; i < keys; ++i) {
       const int64_t at = i * kPieceQueries, seen_from = i < count ? first_to_see(i) : queries;
+      const float* kept = nullptr;
+      if (problem_.dropout.drops && i < count) {
+        kept = scratch.factors.of_key(problem_.dropout.seed, problem_.dropout.kept, place(i), begin, queries);
+      }
       differentiate_softmax<Op>(products + at, weight_grads + at, begin, seen_from, queries,
-                                statistics, weights + at, score_grads + at);
+                                statistics, kept, weights + at, score_grads + at);
     }
     if constexpr (kPaired) {
       pack_pairs<Op>(keys, across, {score_grads + begin, kPieceQueries},
@@ -297,7 +312,7 @@ class Backward {
   }
 
   void store_query_grads(int64_t batch, int64_t q_head, const Piece& piece,
-                         const Scratch& scratch) const {
+                         Scratch& scratch) const {
     alignas(64) float square[kStep * kStep];
     for (int64_t first = 0; first < piece.num_queries(); first += kStep) {
       const int64_t queries = std::min(kStep, piece.num_queries() - first);
@@ -316,7 +331,7 @@ class Backward {
   // Pass the gradients of a row's own keys on: of those that fill a slot to the share's sums, so
   // that each gradient is rounded once, and of all to the result, where `SlotGrads::store`
   // overwrites the ones in slots.
-  void pass_on(const Head& head, int64_t share, const Row& row, const Scratch& scratch) const {
+  void pass_on(const Head& head, int64_t share, const Row& row, Scratch& scratch) const {
     const auto [begin, end] = problem_.own_slots(row, head.kv_head);
     const auto position = [&](int64_t slot) { return problem_.slot_position(head.kv_head, slot); };
     for (int64_t slot = begin; slot < end; ++slot) {

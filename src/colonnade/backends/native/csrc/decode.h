@@ -112,7 +112,7 @@ class Decode {
       for (int64_t g = 0; g < group_; ++g) {
         float* of_query = scores + g * kNearKeys;
         weigh_keys<float>(of_query, 1.0f, keys.count, keys.count, softmax[g],
-                          std::span(sums + g * v_width_, v_width_), of_query);
+                          std::span(sums + g * v_width_, v_width_), /*kept=*/nullptr, of_query);
       }
       for_queries([&]<int64_t N>(int64_t g) {
         add_values<N>(scores + g * kNearKeys, keys, sums + g * v_width_);

@@ -107,7 +107,8 @@ class Forward {
           queries(f.num_states() * f.qk_width_), scores(kTileQueries * kTileKeys),
           weights(kPair<Op> == 2 ? kTileQueries * kTileKeys : 0),
           accumulated(f.num_states() * f.v_width_), softmax(f.num_states()),
-          started(f.num_states() / kTileQueries) {}
+          started(f.num_states() / kTileQueries),
+          factors(f.problem_.dropout.drops ? kTileKeys : 0) {}
 
     Buffer<Op> rows;  // keys or values of a granule before they are packed
     Granules fresh;
@@ -117,6 +118,7 @@ class Forward {
     Buffer<float> accumulated;
     Buffer<Softmax> softmax;
     Buffer<bool> started;  // whether a tile's queries have accumulated anything
+    FactorsOfKeys factors;  // of the keys of a tile
   };
 
   // Room for the queries of a piece in every head of a group: query i of head g has number
@@ -148,7 +150,8 @@ class Forward {
           return fresh.position(first + done + i);
         }, scratch.fresh[done / kGranule], scratch);
       }
-      tile(piece, scratch.fresh[0], [&](int64_t query) {
+      set_dropped_keys(head, count, [&](int64_t i) { return fresh.position(first + i); }, scratch);
+      tile(head, piece, scratch.fresh[0], [&](int64_t query) {
         return std::clamp<int64_t>(fresh.visible(query) - first, 0, count);
       }, scratch);
     }
@@ -157,9 +160,22 @@ class Forward {
         head.index * problem_.num_granules() + problem_.first_granule[piece.row];
     for (int64_t first = 0; first < whole; first += kTileKeys / kGranule) {
       const int64_t count = std::min(kTileKeys / kGranule, whole - first) * kGranule;
-      tile(piece, granules_[granules + first], [&](int64_t) { return count; }, scratch);
+      set_dropped_keys(head, count, [&](int64_t i) {
+        return problem_.slot_position(head.kv_head, row.slot_begin + first * kGranule + i);
+      }, scratch);
+      tile(head, piece, granules_[granules + first], [&](int64_t) { return count; }, scratch);
     }
     store_results(head, piece, scratch);
+  }
+
+  // Prepare the factors of a tile's keys, at the positions that `position` gives.
+  template <typename Position>
+  void set_dropped_keys(const Head& head, int64_t count, const Position& position,
+                        Scratch& scratch) const {
+    if (!problem_.dropout.drops) return;
+    scratch.factors.set_keys(count, [&](int64_t i) {
+      return problem_.dropout.place_of_key(head.kv_head, position(i));
+    });
   }
 
   void load_queries(const Head& head, const Piece& piece, Scratch& scratch) const {
@@ -180,9 +196,10 @@ class Forward {
   // A tile of the keys of granule `first` and of those behind it, for all queries of a piece. Query
   // i sees the first visible(i) of them.
   template <typename Visible>
-  void tile(const Piece& piece, const Granule& first, const Visible& visible,
+  void tile(const Head& head, const Piece& piece, const Granule& first, const Visible& visible,
             Scratch& scratch) const {
     const float factor = kPair<Op> == 1 ? 1.0f : std::abs(problem_.scale);
+    const Dropout& dropout = problem_.dropout;
     float* scores = scratch.scores.get();
     Op* weights = paired_or(scratch.weights, scratch.scores);
     for (int64_t g = 0; g < problem_.group; ++g) {
@@ -200,9 +217,16 @@ class Forward {
         float* accumulated = scratch.accumulated.get(state * v_width_);
         bool& started = scratch.started[state / kTileQueries];
         for (int64_t i = 0; i < queries; ++i) {
+          const float* kept = nullptr;
+          if (dropout.drops) {
+            const int64_t position = piece.q_begin + q + i;
+            kept = scratch.factors.of_query(
+                dropout.seed, dropout.kept,
+                dropout.counter_of(head.batch, problem_.q_head(head, g), position), visible(q + i));
+          }
           weigh_keys<Op>(
               scores + i * kTileKeys, factor, visible(q + i), width, scratch.softmax[state + i],
-              started ? std::span(accumulated + i * v_width_, v_width_) : std::span<float>(),
+              started ? std::span(accumulated + i * v_width_, v_width_) : std::span<float>(), kept,
               weights + i * kTileKeys);
         }
         multiply<Op>({rounded, v_width_, width}, {weights, kTileKeys}, {first.values, v_width_},

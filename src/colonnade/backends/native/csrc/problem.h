@@ -7,6 +7,7 @@
 //     piece     some queries of a row, at most kPieceQueries (`Piece`)
 //     granule   kGranule keys of a head, packed together
 //     fresh     a key that lies in no whole granule of slots (`FreshKeys`)
+//     place     a position in the sequence, where a position alone is one in a tensor
 #pragma once
 
 #include <ATen/ATen.h>
@@ -20,6 +21,8 @@
 #include <map>
 #include <utility>
 #include <vector>
+
+#include "dropout.h"
 
 namespace colonnade {
 
@@ -92,18 +95,19 @@ struct Problem {
   float scale;
   bool own_from_slots;
   const int64_t* gather;
+  Dropout dropout;
   std::vector<int64_t> shift;
   std::vector<Row> rows;
   // The slot that each whole granule begins with, and for each row its first granule.
   std::vector<int64_t> granule_slots;
   std::vector<int64_t> first_granule;
 
-  Problem(const Inputs& inputs, const Plan& plan, double scale_)
+  Problem(const Inputs& inputs, const Plan& plan, double scale_, const Dropout& dropout_)
       : batch(inputs.query.size(0)), q_heads(inputs.query.size(1)), kv_heads(inputs.key.size(1)),
         group(q_heads / kv_heads), q_len(inputs.query.size(2)), qk_dim(inputs.query.size(3)),
         v_dim(inputs.value.size(3)), num_slots(plan.gather.size(1)),
         scale(static_cast<float>(scale_)), own_from_slots(plan.own_from_slots),
-        gather(plan.gather.const_data_ptr<int64_t>()),
+        gather(plan.gather.const_data_ptr<int64_t>()), dropout(dropout_),
         shift(plan.shift.const_data_ptr<int64_t>(),
               plan.shift.const_data_ptr<int64_t>() + kv_heads) {
     const auto lines = plan.table.accessor<const int64_t, 2>();

@@ -63,10 +63,11 @@ inline float largest(const float* numbers, int64_t count) {
 // One step of a query's softmax: compute the weights of `width` keys, of which it sees the first
 // `visible`; the others get 0. Their scores are factor · products. `accumulated` is the sum of
 // weighted values so far, which a new peak rescales; it is empty at the first step. `weights` may
-// overwrite `products`.
+// overwrite `products`. `kept` holds the factors of the weights, which do not count in their sum,
+// with finite numbers behind them; it is null if nothing is dropped.
 template <typename Op>
 void weigh_keys(const float* products, float factor, int64_t visible, int64_t width,
-                Softmax& softmax, std::span<float> accumulated, Op* weights) {
+                Softmax& softmax, std::span<float> accumulated, const float* kept, Op* weights) {
   const float top = visible > 0 ? factor * largest(products, visible) : -kInfinity;
   if (!(top <= softmax.peak + kPeakLag)) {  // Written so that NaN passes.
     const float shrink = std::exp(softmax.peak - top);
@@ -79,13 +80,21 @@ void weigh_keys(const float* products, float factor, int64_t visible, int64_t wi
   const auto weight = [&](int64_t i) {
     return fast_exp<Op>(at::vec::fmadd(Vec::loadu(products + i), by, minus_peak));
   };
+  const auto store = [&](const Vec& one, const Vec& two, int64_t i) {
+    if (kept == nullptr) {
+      store_weights<Op>(one, two, weights + i);
+    } else {
+      store_weights<Op>(one * Vec::loadu(kept + i), two * Vec::loadu(kept + i + kLanes),
+                        weights + i);
+    }
+  };
   Vec sum_one = nothing, sum_two = nothing;
   int64_t i = 0;
   for (; i + 2 * kLanes <= visible; i += 2 * kLanes) {
     const Vec one = weight(i), two = weight(i + kLanes);
     sum_one = sum_one + one;
     sum_two = sum_two + two;
-    store_weights<Op>(one, two, weights + i);
+    store(one, two, i);
   }
   for (; i < width; i += 2 * kLanes) {
     Vec one = nothing, two = nothing;
@@ -96,7 +105,11 @@ void weigh_keys(const float* products, float factor, int64_t visible, int64_t wi
     if (i + kLanes < visible) two = Vec::set(nothing, weight(i + kLanes), visible - i - kLanes);
     sum_one = sum_one + one;
     sum_two = sum_two + two;
-    store_weights<Op>(one, two, weights + i);
+    if (i < visible) {
+      store(one, two, i);
+    } else {
+      store_weights<Op>(nothing, nothing, weights + i);
+    }
   }
   softmax.total += sum_of(sum_one + sum_two);
 }
@@ -127,13 +140,14 @@ struct QueryStatistics {
 // The gradient for one key and the queries begin … end - 1, given products_i = q_i · k and
 // weight_grads_i = dP_i. Queries from `seen_from` on see the key; for the others both are 0.
 //
-//     P_i = e^(scale · products_i - lse_i)      dS_i = P_i (dP_i - delta_i)
+//     P_i = e^(scale · products_i - lse_i)      dS_i = P_i (f_i dP_i - delta_i)
 //
-// `weights` may overwrite `products`, and `score_grads` overwrite `weight_grads`.
+// `kept` holds the factors f_i that dropout gives the weights, and the weights come out with them;
+// it is null if nothing is dropped. `weights` may overwrite `products`, and `score_grads` overwrite `weight_grads`.
 template <typename Op>
 void differentiate_softmax(const float* products, const float* weight_grads, int64_t begin,
                            int64_t seen_from, int64_t end, const QueryStatistics& queries,
-                           Op* weights, Op* score_grads) {
+                           const float* kept, Op* weights, Op* score_grads) {
   const Vec nothing(0.0f), by(queries.scale);
   int64_t i = begin;
   for (; i + 2 * kLanes <= seen_from; i += 2 * kLanes) {
@@ -146,7 +160,10 @@ void differentiate_softmax(const float* products, const float* weight_grads, int
       const int64_t at = i + half * kLanes;
       weight[half] =
           fast_exp<Op>(at::vec::fmsub(Vec::loadu(products + at), by, Vec::loadu(queries.lse + at)));
-      grad[half] = weight[half] * (Vec::loadu(weight_grads + at) - Vec::loadu(queries.delta + at));
+      Vec weight_grad = Vec::loadu(weight_grads + at);
+      if (kept != nullptr) weight_grad = weight_grad * Vec::loadu(kept + at);
+      grad[half] = weight[half] * (weight_grad - Vec::loadu(queries.delta + at));
+      if (kept != nullptr) weight[half] = weight[half] * Vec::loadu(kept + at);
       if (at < seen_from) {
         const int64_t hidden = std::min(seen_from - at, kLanes);
         weight[half] = Vec::set(weight[half], nothing, hidden);

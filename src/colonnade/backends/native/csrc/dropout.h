@@ -1,0 +1,198 @@
+// Dropout on the weights. Which are dropped is a function of a seed and of where a weight is, for
+// all backends alike: backends/dropout.py has the definition.
+//
+// Philox gives four words at once, those of four keys that follow one another: a **quad**.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace colonnade {
+
+constexpr int64_t kPhiloxRounds = 7;
+constexpr int64_t kQuad = 4;
+
+// What Philox turns into words; 32 bits each.
+struct Counter {
+  uint32_t quad, query, head, row;
+};
+
+// Call store(i, w0, w1, w2, w3) with the words of counter(i), for every i below `count`. Compilers
+// turn the loop into vectors.
+template <typename CounterAt, typename Store>
+void philox(uint64_t seed, int64_t count, const CounterAt& counter, const Store& store) {
+  const auto low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  for (int64_t i = 0; i < count; ++i) {
+    const Counter at = counter(i);
+    uint32_t one = at.quad, two = at.query, three = at.head, four = at.row;
+    const auto turn = [&](uint32_t number) {
+      const uint64_t first = uint64_t{0xD2511F53} * one, second = uint64_t{0xCD9E8D57} * three;
+      one = static_cast<uint32_t>(second >> 32) ^ two ^ (low + number * 0x9E3779B9);
+      three = static_cast<uint32_t>(first >> 32) ^ four ^ (high + number * 0xBB67AE85);
+      two = static_cast<uint32_t>(second);
+      four = static_cast<uint32_t>(first);
+    };
+    // Not a loop, which would keep the outer one from being turned into vectors.
+    [&]<uint32_t... kNumbers>(std::integer_sequence<uint32_t, kNumbers...>) {
+      (turn(kNumbers), ...);
+    }(std::make_integer_sequence<uint32_t, kPhiloxRounds>());
+    store(i, one, two, three, four);
+  }
+}
+
+// Words from `threshold` on are kept, with a factor. `threshold` is at most 2³²; there nothing is
+// kept, and the factor is 0.
+struct Kept {
+  uint32_t threshold;
+  float factor;
+
+  Kept(int64_t threshold_, double factor_)
+      : threshold(static_cast<uint32_t>(threshold_ >> 32 ? 0 : threshold_)),
+        factor(threshold_ >> 32 ? 0.0f : static_cast<float>(factor_)) {}
+
+  float factor_of(uint32_t word) const { return word >= threshold ? factor : 0.0f; }
+};
+
+// The dropout of a call, and the places of its queries and keys: where they are in the sequence that
+// they belong to, see plan/places.py.
+struct Dropout {
+  bool drops = false;
+  uint64_t seed = 0;
+  Kept kept{0, 1.0};
+  at::Tensor document, query;  // [q_len]
+  at::Tensor key;              // [kv_heads or 1, kv_len]
+  // Numbers of the first batch row and query head, and the place of the first key.
+  int64_t first_row = 0, first_head = 0, first_place = 0;
+
+  // `tensors` are seed, document, query and key, or there are none if nothing is dropped.
+  Dropout(at::TensorList tensors, int64_t threshold, double factor, at::IntArrayRef first) {
+    drops = !tensors.empty();
+    if (!drops) return;
+    TORCH_CHECK(tensors.size() == 4 && first.size() == 3, "dropout takes 4 tensors and 3 numbers");
+    seed = static_cast<uint64_t>(tensors[0].const_data_ptr<int64_t>()[0]);
+    kept = Kept(threshold, factor);
+    document = tensors[1];
+    query = tensors[2];
+    key = tensors[3].contiguous();
+    first_row = first[0];
+    first_head = first[1];
+    first_place = first[2];
+  }
+
+  int64_t place_of_key(int64_t kv_head, int64_t position) const {
+    const int64_t head = key.size(0) == 1 ? 0 : kv_head;
+    return first_place + key.const_data_ptr<int64_t>()[head * key.size(1) + position];
+  }
+  int64_t place_of_query(int64_t position) const {
+    return first_place + query.const_data_ptr<int64_t>()[position];
+  }
+  // A query as Philox counts it, without a key.
+  Counter counter_of(int64_t batch_row, int64_t q_head, int64_t position) const {
+    const int64_t of_document = document.const_data_ptr<int64_t>()[position];
+    return {.quad = 0,
+            .query = static_cast<uint32_t>(place_of_query(position)),
+            .head = static_cast<uint32_t>(first_head + q_head),
+            .row = static_cast<uint32_t>(first_row + batch_row + of_document)};
+  }
+};
+
+// The factors of one query after the other, for keys that stay the same.
+class FactorsOfKeys {
+ public:
+  // Room for `most` keys, and behind them for a vector of finite numbers.
+  explicit FactorsOfKeys(int64_t most = 0)
+      : quads_(most), index_(most), words_(kQuad * most + kBehind), factors_(most + kBehind) {}
+
+  // Take the keys at position(0) … position(count - 1).
+  template <typename Position>
+  void set_keys(int64_t count, const Position& position) {
+    int64_t quads = 0;
+    in_order_ = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t key = position(i);
+      const auto quad = static_cast<uint32_t>(key / kQuad);
+      if (quads == 0 || quads_[quads - 1] != quad) quads_[quads++] = quad;
+      index_[i] = static_cast<int32_t>((quads - 1) * kQuad + key % kQuad);
+      in_order_ &= index_[i] == index_[0] + i;
+    }
+  }
+
+  // The factors of the first `count` keys for a query; the counter's quad is ignored.
+  const float* of_query(uint64_t seed, const Kept& kept, const Counter& query, int64_t count) {
+    if (count == 0) return factors_.data();
+    const int64_t quads = index_[count - 1] / kQuad + 1;
+    uint32_t* words = words_.data();
+    const uint32_t* quad = quads_.data();
+    philox(seed, quads, [&](int64_t i) {
+      return Counter{quad[i], query.query, query.head, query.row};
+    }, [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
+      words[kQuad * i] = one;
+      words[kQuad * i + 1] = two;
+      words[kQuad * i + 2] = three;
+      words[kQuad * i + 3] = four;
+    });
+    float* factors = factors_.data();
+    if (in_order_) {
+      const uint32_t* from = words + index_[0];
+      for (int64_t i = 0; i < count; ++i) factors[i] = kept.factor_of(from[i]);
+    } else {
+      const int32_t* index = index_.data();
+      for (int64_t i = 0; i < count; ++i) factors[i] = kept.factor_of(words[index[i]]);
+    }
+    return factors;
+  }
+
+ private:
+  static constexpr int64_t kBehind = 64;
+
+  std::vector<uint32_t> quads_;
+  std::vector<int32_t> index_;  // of a key's word
+  std::vector<uint32_t> words_;
+  std::vector<float> factors_;
+  bool in_order_ = true;  // whether words lie as keys do
+};
+
+// The factors of one key after the other, for queries of one head that stay the same.
+template <int64_t kMost>
+class FactorsOfQueries {
+ public:
+  // Take the queries at position(0) … position(count - 1).
+  template <typename Position>
+  void set_queries(int64_t count, const Position& position, uint32_t head, uint32_t row) {
+    for (int64_t i = 0; i < count; ++i) queries_[i] = static_cast<uint32_t>(position(i));
+    head_ = head;
+    row_ = row;
+    quad_ = -1;
+  }
+
+  // The factors of the queries begin … end - 1 for a key, at begin … end - 1. Ask with one range
+  // for all keys of a quad.
+  const float* of_key(uint64_t seed, const Kept& kept, int64_t key, int64_t begin, int64_t end) {
+    if (key / kQuad != quad_ || begin != begin_) {
+      quad_ = key / kQuad;
+      begin_ = begin;
+      const auto quad = static_cast<uint32_t>(quad_);
+      philox(seed, end - begin, [&](int64_t i) {
+        return Counter{quad, queries_[begin + i], head_, row_};
+      }, [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
+        factors_[0][begin + i] = kept.factor_of(one);
+        factors_[1][begin + i] = kept.factor_of(two);
+        factors_[2][begin + i] = kept.factor_of(three);
+        factors_[3][begin + i] = kept.factor_of(four);
+      });
+    }
+    return factors_[key % kQuad].data();
+  }
+
+ private:
+  std::array<uint32_t, kMost> queries_{};
+  std::array<std::array<float, kMost>, kQuad> factors_{};
+  uint32_t head_ = 0, row_ = 0;
+  int64_t quad_ = -1, begin_ = 0;
+};
+
+}  // namespace colonnade
