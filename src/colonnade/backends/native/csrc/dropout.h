@@ -15,6 +15,10 @@ namespace colonnade {
 
 constexpr int64_t kPhiloxRounds = 7;
 constexpr int64_t kQuad = 4;
+// No vector has more words.
+constexpr int64_t kVector = 16;
+
+inline int64_t round_to_vectors(int64_t count) { return (count + kVector - 1) / kVector * kVector; }
 
 // What Philox turns into words; 32 bits each.
 struct Counter {
@@ -105,7 +109,8 @@ class FactorsOfKeys {
  public:
   // Room for `most` keys, and behind them for a vector of finite numbers.
   explicit FactorsOfKeys(int64_t most = 0)
-      : quads_(most), index_(most), words_(kQuad * most + kBehind), factors_(most + kBehind) {}
+      : quads_(most + kVector), index_(most), words_(kQuad * (most + 2 * kVector)),
+        factors_(most + kVector) {}
 
   // Take the keys at position(0) … position(count - 1).
   template <typename Position>
@@ -122,11 +127,12 @@ class FactorsOfKeys {
   }
 
   // The factors of the first `count` keys for a query; the counter's quad is ignored.
-  const float* of_query(uint64_t seed, const Kept& kept, const Counter& query, int64_t count) {
+  const float* of_query(uint64_t seed, const Kept kept, const Counter query, int64_t count) {
     if (count == 0) return factors_.data();
-    const int64_t quads = index_[count - 1] / kQuad + 1;
-    uint32_t* words = words_.data();
-    const uint32_t* quad = quads_.data();
+    // Rounded up, so that nothing is left over from vectors.
+    const int64_t quads = round_to_vectors(index_[count - 1] / kQuad + 1);
+    uint32_t* __restrict words = words_.data();
+    const uint32_t* __restrict quad = quads_.data();
     philox(seed, quads, [&](int64_t i) {
       return Counter{quad[i], query.query, query.head, query.row};
     }, [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
@@ -135,10 +141,11 @@ class FactorsOfKeys {
       words[kQuad * i + 2] = three;
       words[kQuad * i + 3] = four;
     });
-    float* factors = factors_.data();
+    float* __restrict factors = factors_.data();
     if (in_order_) {
       const uint32_t* from = words + index_[0];
-      for (int64_t i = 0; i < count; ++i) factors[i] = kept.factor_of(from[i]);
+      const int64_t rounded = round_to_vectors(count);
+      for (int64_t i = 0; i < rounded; ++i) factors[i] = kept.factor_of(from[i]);
     } else {
       const int32_t* index = index_.data();
       for (int64_t i = 0; i < count; ++i) factors[i] = kept.factor_of(words[index[i]]);
@@ -147,8 +154,6 @@ class FactorsOfKeys {
   }
 
  private:
-  static constexpr int64_t kBehind = 64;
-
   std::vector<uint32_t> quads_;
   std::vector<int32_t> index_;  // of a key's word
   std::vector<uint32_t> words_;
@@ -171,18 +176,24 @@ class FactorsOfQueries {
 
   // The factors of the queries begin … end - 1 for a key, at begin … end - 1. Ask with one range
   // for all keys of a quad.
-  const float* of_key(uint64_t seed, const Kept& kept, int64_t key, int64_t begin, int64_t end) {
+  const float* of_key(uint64_t seed, const Kept kept, int64_t key, int64_t begin, int64_t end) {
     if (key / kQuad != quad_ || begin != begin_) {
       quad_ = key / kQuad;
       begin_ = begin;
       const auto quad = static_cast<uint32_t>(quad_);
+      const uint32_t head = head_, row = row_;
+      const uint32_t* __restrict queries = queries_.data() + begin;
+      float* __restrict first = factors_[0].data() + begin;
+      float* __restrict second = factors_[1].data() + begin;
+      float* __restrict third = factors_[2].data() + begin;
+      float* __restrict fourth = factors_[3].data() + begin;
       philox(seed, end - begin, [&](int64_t i) {
-        return Counter{quad, queries_[begin + i], head_, row_};
+        return Counter{quad, queries[i], head, row};
       }, [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
-        factors_[0][begin + i] = kept.factor_of(one);
-        factors_[1][begin + i] = kept.factor_of(two);
-        factors_[2][begin + i] = kept.factor_of(three);
-        factors_[3][begin + i] = kept.factor_of(four);
+        first[i] = kept.factor_of(one);
+        second[i] = kept.factor_of(two);
+        third[i] = kept.factor_of(three);
+        fourth[i] = kept.factor_of(four);
       });
     }
     return factors_[key % kQuad].data();
