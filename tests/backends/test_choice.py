@@ -21,6 +21,7 @@ from colonnade import (
     backends,
     explain,
 )
+from colonnade.backends.dropout import Dropout
 from colonnade.pattern import Part
 from tests import oracle
 from tests.cases import (
@@ -69,11 +70,12 @@ def test_auto_takes_eager_for_every_pattern_in_float64(pattern: Pattern) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_pattern
 def test_auto_takes_native_where_it_runs(pattern: Pattern, dtype: torch.dtype) -> None:
-    """For causal fixed patterns, in the two types that it computes in; with dropout eager does."""
+    """For causal fixed patterns, in the two types that it computes in; with dropout too."""
     inputs = Case(pattern).inputs(dtype)[:3]
     suits = isinstance(pattern, FixedPattern) and pattern.causal
     name = "native" if suits else "eager"
-    assert explain(*inputs, pattern).backend == name
+    for dropout_p in (0.0, 0.1):
+        assert explain(*inputs, pattern, dropout_p=dropout_p).backend == name
     assert torch.equal(*(output(*inputs, pattern, backend) for backend in ("auto", name)))
 
 
@@ -145,8 +147,9 @@ def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> No
     pattern = FixedPattern(4, 1, part=part, causal=causal)
     case = Case(pattern, q_len=11)
     inputs = case.inputs(torch.float32)
-    last = (*astuple(pattern), 0, None, 0.7, 0.0, None)
-    _check_operation(torch.ops.colonnade.eager_forward, inputs, last)
+    for dropout in (Dropout(), Dropout(0.5, torch.tensor([7]), 1, 2, 3)):
+        last = (*astuple(pattern), 0, None, 0.7, *dropout)
+        _check_operation(torch.ops.colonnade.eager_forward, inputs, last)
 
 
 @pytest.mark.plain
@@ -154,7 +157,9 @@ def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> No
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Of opcheck, with torch 2.15.
 def test_windows_keep_the_compilers_rules(reads: str) -> None:
     inputs = Case(q_len=11).inputs(torch.float32)
-    _check_operation(torch.ops.colonnade.windowed_forward, inputs, (4, reads, 0.7, 0.0, None, None))
+    for dropout in (Dropout(), Dropout(0.5, torch.tensor([7]), 1, 2, 3)):
+        last = (4, reads, 0.7, None, *dropout)
+        _check_operation(torch.ops.colonnade.windowed_forward, inputs, last)
 
 
 def _check_operation(forward: Any, inputs: Inputs, last: tuple[Any, ...]) -> None:
@@ -246,20 +251,6 @@ def test_an_explanation_names_what_the_same_call_runs(
     assert backends_that_ran == []
     call(query, key, value, pattern=pattern, **options)
     assert backends_that_ran[0] == found.backend
-
-
-@pytest.mark.skipif(backends()["native"] is not None, reason="needs native")
-def test_an_explanation_says_what_dropout_costs() -> None:
-    found = explain(*Case().inputs(torch.float32)[:3], FixedPattern(4, 1), dropout_p=0.1)
-    assert found.backend == "eager"
-    assert found.others["native"] == "it has no dropout, got dropout_p=0.1"
-    with pytest.raises(NotImplementedError, match=r"no dropout.*Use backend='eager'"):
-        explain(
-            *Case().inputs(torch.float32)[:3],
-            FixedPattern(4, 1),
-            dropout_p=0.1,
-            backend="native",
-        )
 
 
 def test_an_explanation_is_a_value() -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import colonnade
 from colonnade import FixedPattern, attention
+from colonnade.backends.dropout import Dropout
 from tests.cases import (
     PARTS,
     Case,
@@ -254,15 +255,16 @@ def test_the_operations_keep_the_compilers_rules(part: Any) -> None:
     case = Case(FixedPattern(4, 1, part=part), q_len=11)
     inputs = case.inputs(torch.float32)
     assert isinstance(case.pattern, FixedPattern)
-    last = (*astuple(case.pattern), 0, None, 0.7)
     forward, backward = torch.ops.colonnade.native_forward, torch.ops.colonnade.native_backward
-    torch.library.opcheck(forward.default, (*inputs.leaves(), *last))
-    results = forward(*inputs[:3], *last)
-    torch.library.opcheck(
-        backward.default,
-        (inputs.grad_out, inputs.grad_lse, *inputs[:3], *results, *last),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    for dropout in (Dropout(), Dropout(0.5, torch.tensor([7]), 1, 2, 3)):
+        last = (*astuple(case.pattern), 0, None, 0.7, *dropout)
+        torch.library.opcheck(forward.default, (*inputs.leaves(), *last))
+        results = forward(*inputs[:3], *last)
+        torch.library.opcheck(
+            backward.default,
+            (inputs.grad_out, inputs.grad_lse, *inputs[:3], *results, *last),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.plain
@@ -332,7 +334,6 @@ def test_empty_inputs_give_empty_results(part: Any, batch: int, q_len: int, kv_l
     [
         ({"pattern": colonnade.StridedPattern(4)}, r"FixedPattern only, got a StridedPattern"),
         ({"pattern": FixedPattern(4, 1, causal=False)}, r"causal patterns only, got causal=False"),
-        ({"dropout_p": 0.1}, r"no dropout, got dropout_p=0\.1"),
         ({"dtype": torch.float64}, r"got query\.dtype=torch\.float64"),
         ({"dtype": torch.float16}, r"got query\.dtype=torch\.float16"),
         ({"device": "meta"}, r"CPUs only, got query\.device=meta"),
@@ -341,7 +342,6 @@ def test_empty_inputs_give_empty_results(part: Any, batch: int, q_len: int, kv_l
 def test_what_it_declines(changes: dict[str, Any], message: str) -> None:
     """Asked for by name it raises, and names a backend that does it."""
     pattern = changes.pop("pattern", FixedPattern(4, 1))
-    options = {key: changes.pop(key) for key in ("dropout_p",) if key in changes}
     query, key, value = (torch.zeros(1, 2, 6, 8, **changes) for _ in range(3))
     with pytest.raises(NotImplementedError, match=message + r".*Use backend='eager'"):
-        attention(query, key, value, pattern, backend="native", **options)
+        attention(query, key, value, pattern, backend="native")

@@ -104,7 +104,7 @@ def test_an_explanation_names_what_then_runs(backends_that_ran: list[str]) -> No
     )
     # What `append` and `read` would do.
     dropped = KVCache(MERGED).explain(*span(tensors, 0, 1), scale=0.5, dropout_p=0.1)
-    assert "it has no dropout, got dropout_p=0.1" in str(dropped)
+    assert "it has no dropout for a decoder's query, got dropout_p=0.1" in str(dropped)
 
 
 @needs_native

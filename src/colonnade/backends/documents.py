@@ -38,8 +38,8 @@ def documents_of(cu_seqlens: CuSeqlens, total: int) -> Documents:
     ends = cu_seqlens.to("cpu", torch.long)
     _check(ends, total)
     lengths = ends.diff()
-    numbers = (lengths > 0).nonzero()[:, 0]
-    return Documents(lengths[numbers], numbers)
+    there = lengths > 0
+    return Documents(lengths[there], torch.arange(len(lengths), device="cpu")[there])
 
 
 def check_documents(cu_seqlens: CuSeqlens, total: int) -> None:
@@ -121,9 +121,8 @@ def _batches(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], Tensor]
     """
     begins: dict[int, list[tuple[int, int]]] = {}
     begin = 0
-    for number, length in zip(
-        documents.numbers.tolist() or [0], documents.lengths.tolist() or [0], strict=True
-    ):
+    numbered = torch.stack([documents.numbers, documents.lengths], 1).tolist()
+    for number, length in numbered or [(0, 0)]:
         begins.setdefault(length, []).append((number, begin))
         begin += length
     batches = []

@@ -5,9 +5,10 @@ The weight of key j for query i of head h, in batch row b, has the factor
     0 if w < round(p · 2³²), else float32(1 / (1 - p))
 
 where w is word j mod 4 of Philox-4x32 with 7 rounds, at the counter (j // 4, i, h, b) and with the
-seed as its key (64 bits). Heads are query heads, and i and j are positions in the sequence, whatever
-chunk, tile, pack or cache they are computed in. In a pack b is the number of the document. So all
-backends drop the same weights, and so do a padded batch and its pack, a sequence and its chunks.
+seed as its key (64 bits). Heads are query heads, and i and j are positions in the sequence,
+whatever chunk, tile, pack or cache they are computed in. In a pack b is the number of the document.
+So all backends drop the same weights, and so do a padded batch and its pack, and a sequence and its
+chunks.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; with 7 rounds, the fewest
 that pass all tests of TestU01's BigCrush, as in flash attention.
@@ -109,8 +110,8 @@ def factors(
             row, head, query, key, dropout.seed, dropout.threshold, dropout.factor
         )
         return found
-    counters = [counter[..., None] for counter in (row, head, query)]
-    return _in_parts(dropout, *counters, key[..., None, :])
+    counters = [*(counter[..., None] for counter in (row, head, query)), key[..., None, :]]
+    return _in_parts(dropout, dropout.seed, counters)
 
 
 @functools.cache
@@ -121,21 +122,23 @@ def _is_compiled() -> bool:
     return reason_unusable(build=False) is None
 
 
-def _in_parts(
-    dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, key: Tensor
-) -> Float[Tensor, "batch heads tiles queries keys"]:
-    """Return factors, computed by PyTorch in parts that bound the memory of what is in between."""
-    counters = [row, head, query, key]
+def _in_parts(dropout: Dropout, seed: Seed, counters: list[Tensor]) -> Tensor:
+    """Return factors, computed by PyTorch in parts that bound the memory of what is in between.
+
+    `counters` are rows, heads, queries and keys, and broadcast.
+    """
     if not torch.compiler.is_compiling():
         shape = torch.broadcast_shapes(*(counter.shape for counter in counters))
         if shape.numel() > MOST_FACTORS and max(shape[:4]) > 1:
             axis = max(range(4), key=lambda each: shape[each])
             halves = [
-                counter.tensor_split(2, axis) if counter.shape[axis] > 1 else (counter, counter)
-                for counter in counters
+                each.tensor_split(2, axis) if each.shape[axis] > 1 else (each, each)
+                for each in counters
             ]
-            return torch.cat([_in_parts(dropout, *half) for half in zip(*halves, strict=True)], axis)
-    words = philox((key >> 2 & (WORD >> 2), query & WORD, head & WORD, row & WORD), dropout.seed)
+            parts = [_in_parts(dropout, seed, list(half)) for half in zip(*halves, strict=True)]
+            return torch.cat(parts, axis)
+    row, head, query, key = (each & WORD for each in counters)
+    words = philox((key >> 2, query, head, row), seed)
     number = key & 3
     word = torch.where(
         number < 2,

@@ -55,9 +55,7 @@ def make_plan(options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int
     return _kept(options._replace(cu_seqlens=None), q_len, kv_len, documents, tuple(heads))
 
 
-def make_places(
-    options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int]
-) -> Places:
+def make_places(options: PlanOptions, q_len: int, kv_len: int, heads: Sequence[int]) -> Places:
     """Return the places of the queries and keys that `make_plan` is about."""
     documents = None if options.cu_seqlens is None else documents_of(options.cu_seqlens, kv_len)
     return _kept_places(options._replace(cu_seqlens=None), q_len, kv_len, documents, tuple(heads))
@@ -106,5 +104,5 @@ def _kept_places(
         if documents is not None:
             return packed_places(documents.lengths, documents.numbers)
         if options.reduced:
-            return kept_places(options.pattern, q_len, kv_len, options.reduced, heads)
+            return kept_places(options.pattern, q_len, kv_len, options.reduced, len(heads))
         return last_places(q_len, kv_len)

@@ -46,7 +46,7 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     if isinstance(call.keys, Packed) and may_decide(call.keys.cu_seqlens):
         alone = call._replace(keys=Whole())
         out, lse = by_documents(
-            lambda numbers, *tensors: _attend(*tensors, alone, numbers),
+            lambda numbers, q, k, v: _attend(q, k, v, alone, numbers),
             call.keys.cu_seqlens,
             query,
             key,
@@ -93,7 +93,7 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
     if isinstance(keys, Kept):
         assert isinstance(pattern, FixedPattern)
         seq_len = kv_len + keys.reduced * (pattern.stride - pattern.summary)
-        kept = [kept_positions(pattern, seq_len, keys.reduced, h) for h in range(num_kv_heads)]
+        kept = kept_positions(pattern, seq_len, keys.reduced * pattern.stride, num_kv_heads)
         whole = pattern.mask(seq_len, num_kv_heads)
         mask = torch.stack([whole[head][:, positions] for head, positions in enumerate(kept)])
     elif isinstance(keys, Packed):
@@ -109,8 +109,9 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
 def _places(
     call: Call, q_len: int, kv_len: int, num_kv_heads: int
 ) -> tuple[Positions, Positions, Positions]:
-    """Return documents [q_len or 1], and the positions [batch or 1, q_len] of queries and
-    [batch or 1, kv_heads or 1, kv_len] of keys.
+    """Return documents, and the positions of queries and keys.
+
+    They are [q_len or 1], [batch or 1, q_len] and [batch or 1, kv_heads or 1, kv_len].
     """
     pattern, keys = call.pattern, call.keys
     if isinstance(keys, Seen):
@@ -122,8 +123,7 @@ def _places(
         return document, inside[None], inside[None, None]
     if isinstance(keys, Kept):
         assert isinstance(pattern, FixedPattern)
-        heads = range(num_kv_heads)
-        places = kept_places(pattern, q_len, kv_len, keys.reduced, heads)
+        places = kept_places(pattern, q_len, kv_len, keys.reduced, num_kv_heads)
     else:
         places = last_places(q_len, kv_len)
     return places.document, places.query[None], places.key[None]

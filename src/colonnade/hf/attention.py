@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,16 +11,24 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Seen
 from colonnade.backends.choice import run
+from colonnade.backends.dropout import Dropout
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.hf.batch import refuse_unknown
 from colonnade.hf.cache import in_type_of
 from colonnade.hf.mask import PatternMask, check_mask
 from colonnade.hf.settings import NAME, of_layer, patterns_of
-from colonnade.ops.check import make_call
+from colonnade.ops.check import as_dropout, make_call
 from colonnade.ops.heads import Patterns, attention_in_groups, depends_on_head, in_head_groups
 from colonnade.ops.kept import mask_of_positions
 from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Query, Value
+
+
+class _Options(NamedTuple):
+    """What is asked of attention, besides tensors and patterns."""
+
+    scale: float | None
+    dropout: Dropout
 
 
 def attention_function(
@@ -51,7 +59,7 @@ def attention_function(
     # Modules of transformers that attend have both.
     patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
     _check_heads(module, query.shape[1], patterns)
-    options = {"scale": scaling, "dropout_p": dropout}
+    options = _Options(scaling, as_dropout(dropout))
     padding, filled = attention_mask.padding, attention_mask.filled
     if attention_mask.cache is not None:
         layer = attention_mask.cache.layers[module.layer_idx]  # type: ignore[index]
@@ -69,7 +77,7 @@ def attention_function(
             padding = None if padding is None else padding[:, : int(filled)]
         if padding is None or bool(padding.all()):
             packing = attention_mask.packing
-            out = attention_in_groups(query, key, value, patterns, packing, **options)
+            out = attention_in_groups(query, key, value, patterns, packing, *options)
         else:
             out = _attend_padded(query, key, value, patterns, padding, options)
     return out.transpose(1, 2).contiguous(), None
@@ -121,7 +129,7 @@ def _attend_filled(
     patterns: Patterns,
     filled: int | Tensor,
     padding: Bool[Tensor, "batch positions"] | None,
-    options: dict[str, Any],
+    options: _Options,
 ) -> Output:
     """Attend with the last of `filled` positions of a static cache, without looking at `filled`."""
     batch, length = key.shape[0], key.shape[2]
@@ -131,12 +139,13 @@ def _attend_filled(
     position = is_token.cumsum(1) - 1
     last = filled - query.shape[2] + torch.arange(query.shape[2], device=key.device)
 
-    def attend(pattern: Pattern, query: Query, key: Key, value: Value) -> Output:
+    def attend(pattern: Pattern, dropout: Dropout, query: Query, key: Key, value: Value) -> Output:
         mask = mask_of_positions(pattern, position[:, last], position, is_token, key.shape[1])
-        call = make_call(query, pattern, **options, return_lse=False, keys=Seen(mask))
+        keys = Seen(mask, position[:, last], position[:, None])
+        call = make_call(query, pattern, options.scale, dropout, return_lse=False, keys=keys)
         return run(query, key, value, call, "auto")[0]
 
-    return in_head_groups(attend, patterns, query, key, value)
+    return in_head_groups(attend, patterns, options.dropout, query, key, value)
 
 
 def _attend_padded(
@@ -145,7 +154,7 @@ def _attend_padded(
     value: Value,
     patterns: Patterns,
     padding: Bool[Tensor, "batch kv_len"],
-    options: dict[str, Any],
+    options: _Options,
 ) -> Output:
     """Attend with the last queries of padded rows: a token of all rows at once, a chunk by rows."""
     length = key.shape[2]
@@ -153,9 +162,13 @@ def _attend_padded(
         return _attend_filled(query, key, value, patterns, length, padding, options)
     query, key, value = cast_as_autocast_would(query, key, value)
     out = query.new_zeros(*query.shape[:3], value.shape[3])
+    dropout = options.dropout.drawn(query.device)
     for row, is_token in enumerate(padding):
+        of_row = dropout._replace(first_row=row)
         queried = is_token[length - query.shape[2] :]
         k, v = (t[row, None, :, is_token] for t in (key, value))
         q = query[row, None, :, queried]
-        out[row, :, queried] = attention_in_groups(q, k, v, patterns, **options)[0]
+        out[row, :, queried] = attention_in_groups(q, k, v, patterns, None, options.scale, of_row)[
+            0
+        ]
     return out

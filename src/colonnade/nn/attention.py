@@ -127,8 +127,9 @@ class SelfAttention(nn.Module):
             )
         query, key, value = self.project(x, rotary)
         documents = None if cu_seqlens is None else Packing(1, x.shape[1], None, cu_seqlens)
-        options = {"dropout_p": dropout, "backend": self.backend}
-        out = attention_in_groups(query, key, value, self.pattern, documents, **options)
+        out = attention_in_groups(
+            query, key, value, self.pattern, documents, dropout=dropout, backend=self.backend
+        )
         return self.merge_heads(out)
 
     def new_cache(self, max_seq_len: int | None = None) -> KVCache:

@@ -14,6 +14,7 @@ from torch import Tensor
 from colonnade.backends.call import Packed
 from colonnade.backends.choice import Explanation, explain_call, run
 from colonnade.backends.documents import check_documents
+from colonnade.backends.dropout import Dropout
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.ops.check import (
     check_cu_seqlens,
@@ -110,14 +111,28 @@ def attention(
 
     Source: Child et al. 2019, arXiv:1904.10509, section 4.
     """
-    query, key, value = cast_as_autocast_would(query, key, value)
-    check_tensors(query, key, value)
-    call = make_call(query, pattern, scale, dropout_p, return_lse)
-    out, lse = run(query, key, value, call, backend)
+    out, lse = attend(query, key, value, pattern, scale, dropout_p, return_lse, backend)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
+
+
+def attend(
+    query: Query,
+    key: Key,
+    value: Value,
+    pattern: HasMask,
+    scale: float | None = None,
+    dropout: float | Dropout = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> tuple[Output, LogSumExp | None]:
+    """`attention`, maybe a part of a larger one: then `dropout` says of which part."""
+    query, key, value = cast_as_autocast_would(query, key, value)
+    check_tensors(query, key, value)
+    call = make_call(query, pattern, scale, dropout, return_lse)
+    return run(query, key, value, call, backend)
 
 
 @overload
@@ -184,21 +199,39 @@ def attention_varlen(
             at total.
         NotImplementedError: The named backend does not take these inputs.
     """
+    out, lse = attend_packed(
+        query, key, value, cu_seqlens, pattern, scale, dropout_p, return_lse, backend
+    )
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def attend_packed(
+    query: PackedQuery,
+    key: PackedKey,
+    value: PackedValue,
+    cu_seqlens: CuSeqlens,
+    pattern: HasMask,
+    scale: float | None = None,
+    dropout: float | Dropout = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> tuple[PackedOutput, PackedLogSumExp | None]:
+    """`attention_varlen`, maybe a part of a larger one: then `dropout` says of which part."""
     query, key, value = cast_as_autocast_would(query, key, value)
     check_packed_tensors(query, key, value)
     check_cu_seqlens(cu_seqlens)
     check_has_data("cu_seqlens", cu_seqlens, "query", query)
     if query.is_meta:  # No backend will look.
         check_documents(cu_seqlens, query.shape[0])
-    call = make_call(query, pattern, scale, dropout_p, return_lse, Packed(cu_seqlens))
+    call = make_call(query, pattern, scale, dropout, return_lse, Packed(cu_seqlens))
     q, k, v = _as_one_row(query, key, value)
     out, lse = run(q, k, v, call, backend)
     # squeeze, for the gradient of out[0] would be a copy into zeros.
     out = out.squeeze(0).transpose(0, 1)
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse.squeeze(0)
+    return out, None if lse is None else lse.squeeze(0)
 
 
 def _as_one_row(*tensors: Tensor) -> Iterator[Tensor]:

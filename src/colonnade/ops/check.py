@@ -139,13 +139,13 @@ def make_call(
     query: Tensor,
     pattern: HasMask,
     scale: float | None = None,
-    dropout_p: float | Dropout = 0.0,
+    dropout: float | Dropout = 0.0,
     return_lse: bool = True,
     keys: Keys = WHOLE,
 ) -> Call:
     """Check the options of a call, and fill in the scale.
 
-    A part of a larger call brings the `Dropout` of that one instead of a probability.
+    A part of a larger call brings the `Dropout` of that one, instead of a probability.
     """
     # A Protocol asks for every method by name: slow, so what everybody passes goes first.
     if not isinstance(pattern, Pattern) and (
@@ -159,10 +159,15 @@ def make_call(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     check_finite("scale", scale)
-    if not isinstance(dropout_p, Dropout):
-        check_probability("dropout_p", dropout_p)
-        dropout_p = Dropout(float(dropout_p))
-    return Call(pattern, float(scale), dropout_p, return_lse, keys)
+    return Call(pattern, float(scale), as_dropout(dropout), return_lse, keys)
+
+
+def as_dropout(dropout: float | Dropout) -> Dropout:
+    """Check the share of the weights that is dropped."""
+    if isinstance(dropout, Dropout):
+        return dropout
+    check_probability("dropout_p", dropout)
+    return Dropout(float(dropout))
 
 
 def check_finite(name: str, number: float) -> None:

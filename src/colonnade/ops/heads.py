@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from colonnade.ops.attention import attention, attention_varlen
-from colonnade.ops.check import check_not_traced
+from colonnade.backends.dropout import Dropout
+from colonnade.ops.attention import attend, attend_packed
+from colonnade.ops.check import as_dropout, check_not_traced
 from colonnade.ops.packing import Packing
 from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Query, Value
@@ -37,6 +38,10 @@ class HeadGroup(NamedTuple):
         each = tensor.shape[1] // num_kv_heads
         return tensor[:, self.first * each : self.stop * each]
 
+    def part_of(self, dropout: Dropout, each: int) -> Dropout:
+        """Return the group's part of a dropout; a key head has that many query heads."""
+        return dropout._replace(first_head=dropout.first_head + self.first * each)
+
 
 def head_groups(patterns: Patterns, num_kv_heads: int) -> Iterator[HeadGroup]:
     """Split the key heads into one group for each pattern; the first ones are longer by one."""
@@ -53,17 +58,26 @@ def head_groups(patterns: Patterns, num_kv_heads: int) -> Iterator[HeadGroup]:
 
 
 def in_head_groups(
-    attend: Callable[[Pattern, Query, Key, Value], Tensor],
+    attend: Callable[[Pattern, Dropout, Query, Key, Value], Tensor],
     patterns: Patterns,
+    dropout: Dropout,
     query: Query,
     key: Key,
     value: Value,
 ) -> Output:
-    """Call `attend` for each head group by itself, and put the results together."""
+    """Call `attend` for each head group by itself, and put the results together.
+
+    All of them drop weights by one seed, which is drawn here if it was not before.
+    """
     kv_heads = key.shape[1]
+    dropout = dropout.drawn(query.device)
     return join_heads(
         [
-            attend(group.pattern, *(group.of(t, kv_heads) for t in (query, key, value)))
+            attend(
+                group.pattern,
+                group.part_of(dropout, query.shape[1] // kv_heads),
+                *(group.of(t, kv_heads) for t in (query, key, value)),
+            )
             for group in head_groups(patterns, kv_heads)
         ]
     )
@@ -80,7 +94,9 @@ def attention_in_groups(
     value: Value,
     patterns: Patterns,
     packing: Packing | None = None,
-    **options: Any,
+    scale: float | None = None,
+    dropout: float | Dropout = 0.0,
+    backend: str = "auto",
 ) -> Output:
     """`attention`, or under a packing `attention_varlen`, for each head group by its pattern.
 
@@ -90,19 +106,23 @@ def attention_in_groups(
         value: [batch, kv_heads, kv_len, v_dim].
         patterns: Anything that `check_patterns` accepts.
         packing: Which tokens there are, and which belong together; 0 comes out where there is none.
-        **options: To the operation: scale, dropout_p, backend.
+        scale: Factor on the scores; 1/sqrt(qk_dim) if None.
+        dropout: Share of the weights that is dropped; or, of a part of a larger call, which part.
+        backend: "auto", or the backend that has to run.
     """
 
-    def attend(pattern: Pattern, query: Query, key: Key, value: Value) -> Output:
-        out: Tensor
+    def attend_group(
+        pattern: Pattern, dropout: Dropout, query: Query, key: Key, value: Value
+    ) -> Output:
         if packing is None:
-            out = attention(query, key, value, pattern, **options)
-            return out
+            return attend(query, key, value, pattern, scale, dropout, backend=backend)[0]
         q, k, v = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))
-        out = attention_varlen(q, k, v, packing.cu_seqlens, pattern, **options)
+        documents = packing.cu_seqlens
+        out, _ = attend_packed(q, k, v, documents, pattern, scale, dropout, backend=backend)
         return packing.unpack(out).transpose(1, 2)
 
-    return in_head_groups(attend, patterns, query, key, value)
+    dropout = as_dropout(dropout)
+    return in_head_groups(attend_group, patterns, dropout, query, key, value)
 
 
 def check_patterns(patterns: Patterns, num_kv_heads: int) -> None:

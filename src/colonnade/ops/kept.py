@@ -18,8 +18,8 @@ from colonnade.backends.choice import run
 from colonnade.backends.tracing.device import on_device
 from colonnade.ops.heads import HeadGroup, join_heads
 from colonnade.pattern import Pattern
-from colonnade.plan.kept import RowGroup, last_reads
-from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
+from colonnade.plan.kept import RowGroup, kept_positions, last_reads
+from colonnade.shapes import Key, LogSumExp, Output, Positions, Query, SeenMask, Value
 
 
 class KeptHeads(NamedTuple):
@@ -61,14 +61,17 @@ def attend_kept(
         call: The options; each head group reads its own causal pattern.
         backend: "auto", or the backend that has to run.
     """
+    call = call._replace(dropout=call.dropout.drawn(query.device))
     if len(entries) == 1:
         (key, value), (kept,) = entries[0], layout.groups
         return _attend_heads(query, key, value, kept, layout.is_token, call, backend)
     kv_heads = layout.groups[-1].heads.stop
-    found = [
-        _attend_heads(kept.heads.of(query, kv_heads), *pair, kept, layout.is_token, call, backend)
-        for pair, kept in zip(entries, layout.groups, strict=True)
-    ]
+    each = query.shape[1] // kv_heads
+    found = []
+    for pair, kept in zip(entries, layout.groups, strict=True):
+        of_group = call._replace(dropout=kept.heads.part_of(call.dropout, each))
+        q = kept.heads.of(query, kv_heads)
+        found.append(_attend_heads(q, *pair, kept, layout.is_token, of_group, backend))
     lses = [lse for _, lse in found if lse is not None]
     lse = join_heads(lses) if call.return_lse else None
     return join_heads([out for out, _ in found]), lse
@@ -85,7 +88,7 @@ def _attend_heads(
 ) -> tuple[Output, LogSumExp | None]:
     q_len, rows = query.shape[2], kept.rows
     if len(rows) == 1 and is_token is None:
-        call, span = kept_call(call, kept.heads.pattern, rows[0], q_len)
+        call, span = kept_call(call, kept.heads.pattern, rows[0], q_len, key.shape[1])
         if span is not None and span.stop - span.start < key.shape[2]:
             key, value = key[:, :, span.start : span.stop], value[:, :, span.start : span.stop]
         return run(query, key, value, call, backend)
@@ -94,17 +97,19 @@ def _attend_heads(
     is_token = on_device(is_token, query.device)
     if q_len == 1:
         mask = _last_mask(kept, query.shape[0], key) & is_token[:, None, None]
-        call = call._replace(pattern=kept.heads.pattern, keys=Seen(mask))
+        keys = Seen(mask) if call.dropout.p == 0 else Seen(mask, *_last_places(kept, key))
+        call = call._replace(pattern=kept.heads.pattern, keys=keys)
         return run(query, key, value, call, backend)
     compute = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=compute)
     for group in rows:
-        of_group, _ = kept_call(call, kept.heads.pattern, group, q_len)
+        of_group, _ = kept_call(call, kept.heads.pattern, group, q_len, key.shape[1])
         for row in group.rows:
+            of_row = of_group.dropout._replace(first_row=of_group.dropout.first_row + row)
             q = query[row, None, :, is_token[row]]
             k, v = (t[row, None, :, : group.width] for t in (key, value))
-            out_of_row, lse_of_row = run(q, k, v, of_group, backend)
+            out_of_row, lse_of_row = run(q, k, v, of_group._replace(dropout=of_row), backend)
             out[row, :, is_token[row]] = out_of_row[0]
             if lse_of_row is not None:
                 lse[row, :, is_token[row]] = lse_of_row[0]
@@ -112,18 +117,27 @@ def _attend_heads(
 
 
 def kept_call(
-    call: Call, pattern: Pattern, group: RowGroup, q_len: int
+    call: Call, pattern: Pattern, group: RowGroup, q_len: int, num_kv_heads: int
 ) -> tuple[Call, range | None]:
     """Return the call of the last queries of some batch rows, and the entries that it is over.
 
     None instead of the entries means all of them.
     """
+    call = call._replace(pattern=pattern)
     if q_len == 1 and group.span is not None:
-        return call._replace(pattern=pattern, keys=Seen(None)), group.span
+        keys = Seen(None)
+        if call.dropout.p > 0:
+            places = kept_positions(pattern, group.seq_len + 1, group.begin, num_kv_heads)
+            keys = Seen(
+                None,
+                torch.tensor([[group.seq_len]], device="cpu"),
+                places[None, :, group.span.start : group.span.stop],
+            )
+        return call._replace(keys=keys), group.span
     if group.reduced:
-        return call._replace(pattern=pattern, keys=Kept(group.reduced)), None
+        return call._replace(keys=Kept(group.reduced)), None
     # Blocks and windows do not notice that positions before the tail are gone.
-    return call._replace(pattern=pattern), None
+    return call._replace(dropout=call.dropout._replace(first_position=group.begin)), None
 
 
 def expected_call(
@@ -131,7 +145,7 @@ def expected_call(
 ) -> Call:
     """Return the call that `attend_kept` would make for a head group, but for the mask in it."""
     if len(kept.rows) == 1 and is_token is None:
-        return kept_call(call, kept.heads.pattern, kept.rows[0], q_len)[0]
+        return kept_call(call, kept.heads.pattern, kept.rows[0], q_len, 1)[0]
     return call._replace(pattern=kept.heads.pattern, keys=Seen(None) if q_len == 1 else call.keys)
 
 
@@ -147,6 +161,18 @@ def _last_mask(kept: KeptHeads, batch: int, key: Key) -> Bool[Tensor, "batch kv_
     )
     mask = last_reads(kept.heads.pattern, ends, begins, key.shape[2], key.shape[1])
     return on_device(mask, key.device)[:, :, None]
+
+
+def _last_places(kept: KeptHeads, key: Key) -> tuple[Positions, Positions]:
+    """Return the positions of each batch row's last query, and of its entries."""
+    query = torch.zeros(key.shape[0], 1, dtype=torch.long, device="cpu")
+    entries = torch.zeros(key.shape[:3], dtype=torch.long, device="cpu")
+    for group in kept.rows:
+        seq_len = group.seq_len + group.num_new
+        places = kept_positions(kept.heads.pattern, seq_len, group.begin, key.shape[1])
+        query[group.rows] = seq_len - 1
+        entries[group.rows, :, : group.width] = places
+    return query, entries
 
 
 def mask_of_positions(

@@ -90,7 +90,15 @@ def _of_padded(padding_mask: Bool[Tensor, "batch seq_len"], device: torch.device
         cu_seqlens = F.pad(padding_mask.sum(1).cumsum(0), (1, 0))
         index = padding_mask.flatten().nonzero()[:, 0]
         return Packing(batch, seq_len, index.to(device), cu_seqlens)
-    return _of_unknown(padding_mask.to(device), padding_mask.to(device).cumsum(1) == 1)
+    padding_mask = padding_mask.to(device)
+    index = _marked_first(padding_mask.flatten())
+    # A row without a token is a document too, so that documents have the numbers of their rows.
+    ends = padding_mask.sum(1).cumsum(0)
+    position = torch.arange(index.shape[0] + 1, device=device)
+    # Padding goes along behind all tokens, each position a document of its own.
+    behind = torch.minimum(ends[-1:] + position[1:], position[-1:])
+    cu_seqlens = torch.cat([position[:1], ends, behind])
+    return Packing(batch, seq_len, index, cu_seqlens, padding_mask.flatten()[index])
 
 
 def _of_unknown(
@@ -98,7 +106,7 @@ def _of_unknown(
 ) -> Packing:
     """Pack documents of rows with padding where nobody knows how many tokens there are.
 
-    Padding goes along behind all tokens, each position a document of its own.
+    Padding goes along behind all tokens here, too.
     """
     flat = padding_mask.flatten()
     index = _marked_first(flat)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern
@@ -190,11 +191,13 @@ def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gath
     return (first[:, None] + of_block[:, None]).flatten(1)
 
 
-def kept_positions(pattern: FixedPattern, seq_len: int, reduced: int, head: int) -> Positions:
-    """The positions that a key head keeps when its first `reduced` blocks are summaries only."""
-    begin = reduced * pattern.stride
-    slots = new_slots(pattern, 0, begin, head + 1)[head]
-    return torch.cat([slots, torch.arange(begin, seq_len, device="cpu")])
+def kept_positions(
+    pattern: Pattern, seq_len: int, begin: int, num_kv_heads: int
+) -> Int[Tensor, "kv_heads kept"]:
+    """The positions of the entries of each key head, when the tail begins at `begin`."""
+    slots = new_slots(pattern, 0, begin, num_kv_heads)
+    tail = torch.arange(begin, seq_len, device="cpu")
+    return torch.cat([slots, tail.expand(num_kv_heads, -1)], 1)
 
 
 def last_reads(

@@ -6,7 +6,6 @@ by where a chunk, a pack or a cache has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +43,15 @@ def last_places(q_len: int, kv_len: int) -> Places:
 
 
 def kept_places(
-    pattern: FixedPattern, q_len: int, kv_len: int, reduced: int, heads: Sequence[int]
+    pattern: FixedPattern, q_len: int, kv_len: int, reduced: int, num_kv_heads: int
 ) -> Places:
-    """Return those of the last `q_len` positions, if of the first `reduced` blocks the keys hold
-    only the summaries.
+    """Return the places of the last `q_len` positions behind blocks that are summaries only.
+
+    These are the first `reduced` blocks, of which there are no other keys.
     """
     seq_len = kv_len + reduced * (pattern.stride - pattern.summary)
     query = torch.arange(seq_len - q_len, seq_len, device="cpu")
-    key = torch.stack([kept_positions(pattern, seq_len, reduced, head) for head in heads])
+    key = kept_positions(pattern, seq_len, reduced * pattern.stride, num_kv_heads)
     return Places(torch.zeros_like(query), query, key)
 
 

@@ -31,7 +31,7 @@ class PaddedRows(Rows):
     """Rows of similar shapes form tiles; queries are laid out in the order of the tiles."""
 
     def __init__(
-        self, plan: Plan, query: Query, key: Key, value: Value, dropped: Dropped | None
+        self, plan: Plan, query: Query, key: Key, value: Value, dropped: Dropped | None = None
     ) -> None:
         super().__init__(plan, key, dropped)
         heads, widths = query.shape[:2].numel(), key.shape[3] + value.shape[3]

@@ -65,6 +65,7 @@ class Rows(ABC):
         self.compute = torch.promote_types(key.dtype, torch.float32)
         self.batch, self.kv_heads = key.shape[:2]
         self.index = kept_on_device(key.device, _gather, plan)[None, :, :, None]
+
     @abstractmethod
     def tiles(self) -> Iterator[Tile]:
         """Yield all tiles, in every pass the same ones in the same order."""
@@ -115,9 +116,7 @@ class Tile(ABC):
             return None
         placed, (heads, group) = self.rows.placed, dropped[2:]
         # Stacked as `queries` stacks them.
-        document, query = (
-            self._take(each)[..., 0].repeat(1, 1, 1, group) for each in placed[:2]
-        )
+        document, query = (self._take(each)[..., 0].repeat(1, 1, 1, group) for each in placed[:2])
         device, length = query.device, query.shape[3] // group
         kv_head = torch.arange(heads.start, heads.stop, heads.step, device=device)
         head = kv_head[:, None] * group + torch.arange(group, device=device)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.dropout import factors
+from colonnade.backends.tracing.device import on_device
 from colonnade.backends.tracing.operation import first_order, is_mapped, may_be_counted
 from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
 
@@ -69,14 +70,15 @@ def attend(
 
 
 def _factors(keys: Seen, grouped: Tensor, call: Call) -> Tensor:
-    """Return the factors of the weights of [batch, kv_heads, group, q_len, …], as rows have them."""
+    """Return the factors of the weights of queries [batch, kv_heads, group, q_len, …], as rows."""
     assert keys.query is not None
     assert keys.key is not None
-    batch, kv_heads, group, q_len, _ = grouped.shape
+    batch, kv_heads, group = grouped.shape[:3]
     device = grouped.device
     row = torch.arange(batch, device=device)[:, None, None, None]
     head = torch.arange(kv_heads * group, device=device).view(1, kv_heads, group, 1)
-    query, key = keys.query[:, None, None], keys.key[:, :, None]
+    query = on_device(keys.query, device)[:, None, None]
+    key = on_device(keys.key, device)[:, :, None]
     return factors(call.dropout, row, head, query, key).flatten(2, 3)
 
 

@@ -65,7 +65,7 @@ class StackedRows(Rows):
     """Rows of one shape form tiles; queries stay where they are."""
 
     def __init__(
-        self, plan: Plan, query: Query, key: Key, value: Value, dropped: Dropped | None
+        self, plan: Plan, query: Query, key: Key, value: Value, dropped: Dropped | None = None
     ) -> None:
         super().__init__(plan, key, dropped)
         self.shapes = _shapes(plan.table, query.shape[:2].numel(), STACKED_SCORES)

@@ -244,9 +244,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     *dropout: Any,
 ) -> tuple[Tensor, Tensor]:
-    def attend(
-        numbers: Tensor, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, ...]:
+    def attend(numbers: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         laid = _Laid(query, key, value, width, reads, scale)
         scores = laid.scores()
         lse = scores.logsumexp(-1, keepdim=True)

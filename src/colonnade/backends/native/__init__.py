@@ -120,8 +120,10 @@ def _backward(
 def _plan(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the options of the kernels: _PLAN."""
     num_sets = len(PlanOptions._fields)
-    given, scale, dropout = PlanOptions(*options[:num_sets]), options[num_sets], Dropout(
-        *options[num_sets + 1 :]
+    given, scale, dropout = (
+        PlanOptions(*options[:num_sets]),
+        options[num_sets],
+        Dropout(*options[num_sets + 1 :]),
     )
     lengths = query.shape[2], key.shape[2], range(key.shape[1])
     plan = make_plan(given, *lengths)

@@ -207,7 +207,8 @@ class Backward {
                            /*add=*/true};
       multiply_granule(granules_[first_granule + i], kGranule, queries,
                        [](int64_t) { return int64_t{0}; }, [&](int64_t j) {
-        return problem_.dropout.place_of_key(head.kv_head, problem_.slot_position(head.kv_head, slot + j));
+        return problem_.dropout.place_of_key(head.kv_head,
+                                             problem_.slot_position(head.kv_head, slot + j));
       }, grads, scratch);
     }
     store_query_grads(head.batch, q_head, piece, scratch);
@@ -293,7 +294,8 @@ class Backward {
       const int64_t at = i * kPieceQueries, seen_from = i < count ? first_to_see(i) : queries;
       const float* kept = nullptr;
       if (problem_.dropout.drops && i < count) {
-        kept = scratch.factors.of_key(problem_.dropout.seed, problem_.dropout.kept, place(i), begin, queries);
+        kept = scratch.factors.of_key(problem_.dropout.seed, problem_.dropout.kept, place(i), begin,
+                                      queries);
       }
       differentiate_softmax<Op>(products + at, weight_grads + at, begin, seen_from, queries,
                                 statistics, kept, weights + at, score_grads + at);

@@ -61,8 +61,8 @@ struct Kept {
   float factor_of(uint32_t word) const { return word >= threshold ? factor : 0.0f; }
 };
 
-// The dropout of a call, and the places of its queries and keys: where they are in the sequence that
-// they belong to, see plan/places.py.
+// The dropout of a call, and the places of its queries and keys: where they are in the sequence
+// that they belong to, see plan/places.py.
 struct Dropout {
   bool drops = false;
   uint64_t seed = 0;
@@ -187,9 +187,8 @@ class FactorsOfQueries {
       float* __restrict second = factors_[1].data() + begin;
       float* __restrict third = factors_[2].data() + begin;
       float* __restrict fourth = factors_[3].data() + begin;
-      philox(seed, end - begin, [&](int64_t i) {
-        return Counter{quad, queries[i], head, row};
-      }, [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
+      philox(seed, end - begin, [&](int64_t i) { return Counter{quad, queries[i], head, row}; },
+             [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
         first[i] = kept.factor_of(one);
         second[i] = kept.factor_of(two);
         third[i] = kept.factor_of(three);

@@ -117,7 +117,7 @@ class Forward {
     Buffer<Op> weights;
     Buffer<float> accumulated;
     Buffer<Softmax> softmax;
-    Buffer<bool> started;  // whether a tile's queries have accumulated anything
+    Buffer<bool> started;   // whether a tile's queries have accumulated anything
     FactorsOfKeys factors;  // of the keys of a tile
   };
 
@@ -173,9 +173,8 @@ class Forward {
   void set_dropped_keys(const Head& head, int64_t count, const Position& position,
                         Scratch& scratch) const {
     if (!problem_.dropout.drops) return;
-    scratch.factors.set_keys(count, [&](int64_t i) {
-      return problem_.dropout.place_of_key(head.kv_head, position(i));
-    });
+    scratch.factors.set_keys(
+        count, [&](int64_t i) { return problem_.dropout.place_of_key(head.kv_head, position(i)); });
   }
 
   void load_queries(const Head& head, const Piece& piece, Scratch& scratch) const {

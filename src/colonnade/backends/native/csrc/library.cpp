@@ -1,6 +1,7 @@
 // The kernels behind the operations of backend "native", and native_ceiling for benchmarks. Python
 // states their schemas.
 #include <ATen/ATen.h>
+#include <ATen/ExpandUtils.h>
 #include <torch/library.h>
 
 #include "backward.h"
@@ -49,10 +50,12 @@ void with_types(at::ScalarType type, const Run& run) {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> forward(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& gather, const at::Tensor& table, const at::Tensor& shift, bool own_from_slots,
-    double scale, at::TensorList dropped, int64_t threshold, double factor, at::IntArrayRef first) {
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
+                                           const at::Tensor& value, const at::Tensor& gather,
+                                           const at::Tensor& table, const at::Tensor& shift,
+                                           bool own_from_slots, double scale,
+                                           at::TensorList dropped, int64_t threshold, double factor,
+                                           at::IntArrayRef first) {
   const Inputs inputs = rows_contiguous(query, key, value);
   const Problem problem(inputs, {gather, table, shift, own_from_slots}, scale,
                         Dropout(dropped, threshold, factor, first));
@@ -98,22 +101,21 @@ std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& query, const at::Ten
 }
 
 // The factors [batch, heads, tiles, queries, keys] of weights, given the numbers of their rows and
-// heads and the places of their queries, all [batch, heads, tiles, queries], and the places of their
-// keys [batch, heads, tiles, keys]; sizes may be 1 where they do not matter.
+// heads and the places of their queries, all [batch, heads, tiles, queries], and the places of
+// their keys [batch, heads, tiles, keys]; sizes may be 1 where they do not matter.
 at::Tensor factors(const at::Tensor& row, const at::Tensor& head, const at::Tensor& query,
                    const at::Tensor& key, const at::Tensor& seed, int64_t threshold,
                    double factor) {
-  std::vector<int64_t> sizes(4), of_keys(4);
-  for (int64_t axis = 0; axis < 4; ++axis) {
-    sizes[axis] = std::max({row.size(axis), head.size(axis), query.size(axis)});
-    of_keys[axis] = axis == 3 ? key.size(3) : std::max(sizes[axis], key.size(axis));
-    if (axis < 3) sizes[axis] = of_keys[axis];
-  }
+  auto sizes = at::infer_size(at::infer_size(row.sizes(), head.sizes()), query.sizes());
+  auto of_keys = at::infer_size(at::IntArrayRef(sizes).slice(0, 3), key.sizes().slice(0, 3));
+  std::copy(of_keys.begin(), of_keys.end(), sizes.begin());
+  of_keys.push_back(key.size(3));
   const int64_t queries = sizes[3], keys = of_keys[3], sets = sizes[0] * sizes[1] * sizes[2];
   at::Tensor result = at::empty({sizes[0], sizes[1], sizes[2], queries, keys}, at::kFloat);
   const at::Tensor rows = row.expand(sizes), heads = head.expand(sizes);
   const at::Tensor places = query.expand(sizes), key_places = key.expand(of_keys);
-  const auto row_at = rows.accessor<const int64_t, 4>(), head_at = heads.accessor<const int64_t, 4>();
+  const auto row_at = rows.accessor<const int64_t, 4>(),
+             head_at = heads.accessor<const int64_t, 4>();
   const auto query_at = places.accessor<const int64_t, 4>();
   const auto key_at = key_places.accessor<const int64_t, 4>();
   const auto from = static_cast<uint64_t>(seed.const_data_ptr<int64_t>()[0]);
@@ -124,7 +126,8 @@ at::Tensor factors(const at::Tensor& row, const at::Tensor& head, const at::Tens
   const auto make = [&] { return FactorsOfKeys(keys); };
   run_tasks(sets * parts, make, [&](int64_t index, FactorsOfKeys& scratch) {
     const int64_t set = index / parts, begin = index % parts * kPieceQueries;
-    const int64_t b = set / (sizes[1] * sizes[2]), h = set / sizes[2] % sizes[1], m = set % sizes[2];
+    const int64_t b = set / (sizes[1] * sizes[2]), h = set / sizes[2] % sizes[1],
+                  m = set % sizes[2];
     scratch.set_keys(keys, [&](int64_t i) { return key_at[b][h][m][i]; });
     for (int64_t i = begin; i < std::min(begin + kPieceQueries, queries); ++i) {
       const Counter counter{0, static_cast<uint32_t>(query_at[b][h][m][i]),

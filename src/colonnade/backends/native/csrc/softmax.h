@@ -143,7 +143,8 @@ struct QueryStatistics {
 //     P_i = e^(scale · products_i - lse_i)      dS_i = P_i (f_i dP_i - delta_i)
 //
 // `kept` holds the factors f_i that dropout gives the weights, and the weights come out with them;
-// it is null if nothing is dropped. `weights` may overwrite `products`, and `score_grads` overwrite `weight_grads`.
+// it is null if nothing is dropped. `weights` may overwrite `products`, and `score_grads` overwrite
+// `weight_grads`.
 template <typename Op>
 void differentiate_softmax(const float* products, const float* weight_grads, int64_t begin,
                            int64_t seen_from, int64_t end, const QueryStatistics& queries,
