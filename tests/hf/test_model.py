@@ -16,6 +16,7 @@ from colonnade.hf import (
     SparseTransformerConfig,
     SparseTransformerForCausalLM,
 )
+from colonnade.ops.attention import attend
 from tests.hf.models import enable_recomputation, generate, random_model, small_config, tokens
 from tests.oracle import (
     fixed_mask,
@@ -191,14 +192,14 @@ def test_other_attention_implementations_raise() -> None:
 
 
 def test_attention_is_the_registered_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model has no second way: what it runs is `colonnade.attention`."""
+    """The model has no second way: what it runs is what `colonnade.attention` runs."""
     seen = []
 
     def spy(*args: Any, **kwargs: Any) -> object:
         seen.append(args[3])
-        return col.attention(*args, **kwargs)
+        return attend(*args, **kwargs)
 
-    monkeypatch.setattr("colonnade.ops.heads.attention", spy)
+    monkeypatch.setattr("colonnade.ops.heads.attend", spy)
     random_model()(tokens(1, 9), use_cache=False)
     assert seen == [col.FixedPattern(8, 2, 2)] * 2
 

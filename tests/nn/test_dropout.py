@@ -96,3 +96,39 @@ def test_evaluation_draws_nothing(pattern: Patterns, rows: int, where: dict[str,
     state = torch.get_rng_state()
     assert torch.equal(layer.eval()(x, **where), without(x, **where))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_batch
+@each_pattern
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_layer_says_what_will_run(
+    dropout: float,
+    pattern: Patterns,
+    rows: int,
+    where: dict[str, Tensor],
+    backends_that_ran: list[str],
+) -> None:
+    """It draws no number and computes nothing."""
+    layer = SelfAttention(8, 4, pattern, dropout=dropout)
+    x = torch.randn(rows, 17, 8)
+    state = torch.get_rng_state()
+    options: Any = where
+    found = layer.explain(x, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert backends_that_ran == []
+    layer(x, **where)
+    each = found if isinstance(found, tuple) else (found,)
+    assert isinstance(found, tuple) == isinstance(pattern, tuple)
+    assert [explanation.backend for explanation in each] == backends_that_ran
+
+
+def test_the_layer_says_what_runs_with_a_cache() -> None:
+    layer = SelfAttention(8, 4, FixedPattern(4, 1), backend="eager").eval()
+    x = torch.randn(2, 5, 8)
+    found = layer.explain(x, layer.new_cache())
+    assert not isinstance(found, tuple)
+    assert found.backend == "eager"
+    with pytest.raises(ValueError, match="not both"):
+        layer.explain(x, cu_seqlens=torch.tensor([0, 5]), padding_mask=torch.ones(2, 5) > 0)
+    with pytest.raises(NotImplementedError, match="a cache takes no dropout"):
+        SelfAttention(8, 4, FixedPattern(4, 1), dropout=0.1).explain(x, layer.new_cache())

@@ -54,13 +54,15 @@ def _drop(p: float = 0.4, **first: int) -> Dropout:
     return Dropout(p, torch.tensor([SEED]), **first)
 
 
-def _tensors(batch: int, q_len: int, kv_len: int, backend: str, group: int = 2) -> list[Tensor]:
+def _tensors(
+    batch: int, q_len: int, kv_len: int, backend: str, group: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries and keys, two key heads, and unit vectors as values."""
     dtype = torch.float32 if backend == "native" else torch.float64
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(batch, 2 * group, q_len, 4, generator=generator, dtype=dtype)
     key = torch.randn(batch, 2, kv_len, 4, generator=generator, dtype=dtype)
-    return [query, key, torch.eye(kv_len, dtype=dtype).expand(batch, 2, -1, -1)]
+    return query, key, torch.eye(kv_len, dtype=dtype).expand(batch, 2, -1, -1)
 
 
 def _read(pattern: Pattern, q_len: int, kv_len: int, group: int = 2) -> Tensor:
@@ -126,8 +128,8 @@ def test_a_part_of_a_call_drops_what_the_call_drops(backend: str, pattern: Patte
     """A batch row alone, and some of the heads where their numbers do not say what they read."""
     query, key, value = _tensors(3, 21, 41, backend)
     out, _ = attend(query, key, value, pattern, dropout=_drop(), backend=backend)
-    of_row = [t[2:] for t in (query, key, value)]
-    alone, _ = attend(*of_row, pattern, dropout=_drop(first_row=2), backend=backend)
+    last = query[2:], key[2:], value[2:]
+    alone, _ = attend(*last, pattern, dropout=_drop(first_row=2), backend=backend)
     assert torch.equal(alone != 0, out[2:] != 0)
     if getattr(pattern, "subblocks", 1) > 1:
         return
@@ -268,8 +270,15 @@ def test_no_bit_depends_on_the_number_of_threads(dtype: torch.dtype) -> None:
             torch.set_num_threads(number)
             leaves = [t.clone().requires_grad_() for t in tensors]
             try:
+                query, key, value = leaves
                 out, lse = attend(
-                    *leaves, FixedPattern(32, 5), dropout=_drop(), return_lse=True, backend=backend
+                    query,
+                    key,
+                    value,
+                    FixedPattern(32, 5),
+                    dropout=_drop(),
+                    return_lse=True,
+                    backend=backend,
                 )
                 assert lse is not None
                 grads = torch.autograd.grad(out.float().sin().sum() + lse.sum(), leaves)

@@ -17,7 +17,6 @@ that pass all tests of TestU01's BigCrush, as in flash attention.
 from __future__ import annotations
 
 import functools
-import struct
 from typing import NamedTuple
 
 import torch
@@ -72,11 +71,8 @@ class Dropout(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """The factor of weights that are kept; 0 if none is."""
-        if self.p == 1:
-            return 0.0
-        rounded: float = struct.unpack("f", struct.pack("f", 1 / (1 - self.p)))[0]
-        return rounded
+        """The factor of weights that are kept, to be rounded to float32; 0 if none is."""
+        return 0.0 if self.p == 1 else 1 / (1 - self.p)
 
 
 DROPOUT_SCHEMA = (

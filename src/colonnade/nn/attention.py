@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from colonnade.backends.choice import check_backend
+from colonnade.backends.choice import Explanation, check_backend
 from colonnade.cache import KVCache
+from colonnade.ops.attention import explain
 from colonnade.ops.check import check_has_data, check_not_traced, check_padding, check_probability
-from colonnade.ops.heads import Patterns, attention_in_groups, check_patterns
+from colonnade.ops.heads import Patterns, attention_in_groups, check_patterns, head_groups
 from colonnade.ops.packing import Packing
 from colonnade.pattern import check_counts, check_multiple
 from colonnade.shapes import CuSeqlens, Hidden, Key, Output, Query, Rotary, Value
@@ -131,6 +132,75 @@ class SelfAttention(nn.Module):
             query, key, value, self.pattern, documents, dropout=dropout, backend=self.backend
         )
         return self.merge_heads(out)
+
+    def explain(
+        self,
+        x: Hidden,
+        cache: KVCache | None = None,
+        cu_seqlens: CuSeqlens | None = None,
+        padding_mask: Bool[Tensor, "batch seq_len"] | None = None,
+    ) -> Explanation | tuple[Explanation, ...]:
+        """Say which backend the same call would take, and why not each other one.
+
+        It is the call as it would be now, in training with dropout. Nothing is computed.
+
+        Args:
+            x: [batch, seq_len, embed_dim].
+            cache: As for the call, and so are the other arguments.
+            cu_seqlens: [documents + 1].
+            padding_mask: [batch, seq_len].
+
+        Returns:
+            One explanation, or with a tuple of patterns one for each.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: As the call.
+        """
+        _check_layout(x, cu_seqlens, padding_mask)
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = self._projections_without_numbers(x)
+        if cache is not None:
+            self._check_cache(cache, cu_seqlens, dropout)
+            return cache.explain(query, key, value, padding_mask)
+        if padding_mask is not None:
+            packing = Packing.of_padded(padding_mask, x.device)
+            query, key, value = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))
+            cu_seqlens = packing.cu_seqlens
+        elif cu_seqlens is not None:
+            query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        found = []
+        for group in head_groups(self.pattern, self.num_kv_heads):
+            q, k, v = (group.of(t, self.num_kv_heads) for t in (query, key, value))
+            found.append(
+                explain(
+                    q,
+                    k,
+                    v,
+                    group.pattern,
+                    dropout_p=dropout,
+                    cu_seqlens=cu_seqlens,
+                    backend=self.backend,
+                )
+            )
+        return tuple(found) if isinstance(self.pattern, tuple) else found[0]
+
+    def _projections_without_numbers(self, x: Hidden) -> tuple[Query, Key, Value]:
+        """Return uninitialised tensors like those of `project`."""
+        weight = self.query_proj.weight
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+
+        def empty(heads: int, width: int) -> Tensor:
+            made = weight.new_empty(*x.shape[:2], heads, width, requires_grad=needs_grad)
+            return made.transpose(1, 2)
+
+        kv_heads = self.num_kv_heads
+        return (
+            empty(self.num_heads, self.qk_head_dim),
+            empty(kv_heads, self.qk_head_dim),
+            empty(kv_heads, self.v_head_dim),
+        )
 
     def new_cache(self, max_seq_len: int | None = None) -> KVCache:
         """Return an empty cache for this layer; see `KVCache`."""

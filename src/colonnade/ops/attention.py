@@ -111,7 +111,16 @@ def attention(
 
     Source: Child et al. 2019, arXiv:1904.10509, section 4.
     """
-    out, lse = attend(query, key, value, pattern, scale, dropout_p, return_lse, backend)
+    out, lse = attend(
+        query,
+        key,
+        value,
+        pattern,
+        scale=scale,
+        dropout=dropout_p,
+        return_lse=return_lse,
+        backend=backend,
+    )
     if not return_lse:
         return out
     assert lse is not None
@@ -123,6 +132,7 @@ def attend(
     key: Key,
     value: Value,
     pattern: HasMask,
+    *,
     scale: float | None = None,
     dropout: float | Dropout = 0.0,
     return_lse: bool = False,
@@ -200,7 +210,15 @@ def attention_varlen(
         NotImplementedError: The named backend does not take these inputs.
     """
     out, lse = attend_packed(
-        query, key, value, cu_seqlens, pattern, scale, dropout_p, return_lse, backend
+        query,
+        key,
+        value,
+        cu_seqlens,
+        pattern,
+        scale=scale,
+        dropout=dropout_p,
+        return_lse=return_lse,
+        backend=backend,
     )
     if not return_lse:
         return out
@@ -214,6 +232,7 @@ def attend_packed(
     value: PackedValue,
     cu_seqlens: CuSeqlens,
     pattern: HasMask,
+    *,
     scale: float | None = None,
     dropout: float | Dropout = 0.0,
     return_lse: bool = False,

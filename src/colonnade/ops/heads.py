@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -88,6 +88,12 @@ def join_heads(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
+class _Options(TypedDict):
+    scale: float | None
+    dropout: Dropout
+    backend: str
+
+
 def attention_in_groups(
     query: Query,
     key: Key,
@@ -114,11 +120,11 @@ def attention_in_groups(
     def attend_group(
         pattern: Pattern, dropout: Dropout, query: Query, key: Key, value: Value
     ) -> Output:
+        options: _Options = {"scale": scale, "dropout": dropout, "backend": backend}
         if packing is None:
-            return attend(query, key, value, pattern, scale, dropout, backend=backend)[0]
+            return attend(query, key, value, pattern, **options)[0]
         q, k, v = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))
-        documents = packing.cu_seqlens
-        out, _ = attend_packed(q, k, v, documents, pattern, scale, dropout, backend=backend)
+        out, _ = attend_packed(q, k, v, packing.cu_seqlens, pattern, **options)
         return packing.unpack(out).transpose(1, 2)
 
     dropout = as_dropout(dropout)
