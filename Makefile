@@ -52,13 +52,14 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 CXX ?= c++
 CPP_SOURCES := $(wildcard src/colonnade/backends/native/csrc/*)
 
-.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-paired gpu gpu-tests gpu-bench gpu-packages gpu-code structure test test-oldest test-newest test-slow fuzz sanitize lint format clean
+.PHONY: help install demo bench bench-short bench-packed bench-decoding bench-dropout bench-paired gpu gpu-tests gpu-bench gpu-packages gpu-code structure test test-oldest test-newest test-slow fuzz sanitize lint format clean
 
 help:
 	@echo 'make install    make .venv, with every extra and the tools for development'
 	@echo 'make demo       train a small model for MINUTES=$(MINUTES), then evaluate, sample and draw it'
 	@echo 'make bench      time attention against what others offer; hours'
 	@echo 'make bench-short  time short sequences against dense attention; a few minutes'
+	@echo 'make bench-dropout  time dropout against none; a few minutes'
 	@echo 'make bench-packed  time packed documents against a batch; a minute or two'
 	@echo 'make bench-decoding  time the cache, and generation with it; a quarter of an hour'
 	@echo 'make bench-paired  time this checkout against the src folder OLD=, ROUNDS=$(ROUNDS) in turns'
@@ -131,6 +132,9 @@ bench-packed: $(STAMP)
 
 bench-decoding: $(STAMP)
 	$(BIN)/python benchmarks/decoding.py
+
+bench-dropout: $(STAMP)
+	$(BIN)/python benchmarks/dropout.py
 
 bench-paired: $(STAMP)
 	$(BIN)/python benchmarks/paired.py --old '$(OLD)' --new src --rounds $(ROUNDS)
