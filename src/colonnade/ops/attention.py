@@ -93,9 +93,10 @@ def attention(
         scale: Factor on the scores; 1/sqrt(qk_dim) if None.
         dropout_p: Each weight is dropped with this probability and the others are divided by
             1 - dropout_p, whenever it is above 0, as in `scaled_dot_product_attention`: pass 0 in
-            evaluation. The log-sum-exp is that of the weights before dropout. Randomness comes
-            from PyTorch's default generator, so that recomputation in activation checkpointing
-            drops the same weights.
+            evaluation. The log-sum-exp is that of the weights before dropout. Which weights are
+            dropped is a function of a seed, batch row, head and positions, in every backend the
+            same. The seed is drawn from the default generator of the inputs' device, so that
+            recomputation in activation checkpointing drops the same weights.
         return_lse: Return (out, lse), lse [batch, heads, q_len] the natural logarithm of the
             softmax's denominator, in float32 (float64 for float64); differentiable.
         backend: "auto", or a name from `backends()`. A backend asked for by name runs or raises.
@@ -196,7 +197,7 @@ def attention_varlen(
         cu_seqlens: [documents + 1] of int32 or int64: 0, then where each document ends.
         pattern: As for `attention`, and so are the other arguments.
         scale: Factor on the scores; 1/sqrt(qk_dim) if None.
-        dropout_p: Dropout on the weights.
+        dropout_p: Dropout on the weights; a document counts as the batch row of its number.
         return_lse: Return (out, lse), lse [heads, total].
         backend: "auto", or a name from `backends()`.
 

@@ -63,45 +63,51 @@ struct Kept {
 
 // The dropout of a call, and the places of its queries and keys: where they are in the sequence
 // that they belong to, see plan/places.py.
-struct Dropout {
+class Dropout {
+ public:
   bool drops = false;
   uint64_t seed = 0;
   Kept kept{0, 1.0};
-  at::Tensor document, query;  // [q_len]
-  at::Tensor key;              // [kv_heads or 1, kv_len]
-  // Numbers of the first batch row and query head, and the place of the first key.
-  int64_t first_row = 0, first_head = 0, first_place = 0;
 
-  // `tensors` are seed, document, query and key, or there are none if nothing is dropped.
-  Dropout(at::TensorList tensors, int64_t threshold, double factor, at::IntArrayRef first) {
-    drops = !tensors.empty();
+  // `tensors` are the seed, documents [q_len] and places [q_len] of queries, and places [kv_heads
+  // or 1, kv_len] of keys; there are none if nothing is dropped. `first` are the numbers of the
+  // first batch row and query head, and the place of the first key.
+  Dropout(at::TensorList tensors, int64_t threshold, double factor, at::IntArrayRef first)
+      : drops(!tensors.empty()) {
     if (!drops) return;
     TORCH_CHECK(tensors.size() == 4 && first.size() == 3, "dropout takes 4 tensors and 3 numbers");
-    seed = static_cast<uint64_t>(tensors[0].const_data_ptr<int64_t>()[0]);
+    for (const at::Tensor& tensor : tensors) tensors_.push_back(tensor.contiguous());
+    seed = static_cast<uint64_t>(*numbers(0));
     kept = Kept(threshold, factor);
-    document = tensors[1];
-    query = tensors[2];
-    key = tensors[3].contiguous();
-    first_row = first[0];
-    first_head = first[1];
-    first_place = first[2];
+    documents_ = numbers(1);
+    queries_ = numbers(2);
+    keys_ = numbers(3);
+    key_stride_ = tensors_[3].size(0) == 1 ? 0 : tensors_[3].size(1);
+    first_row_ = first[0];
+    first_head_ = first[1];
+    first_place_ = first[2];
   }
 
   int64_t place_of_key(int64_t kv_head, int64_t position) const {
-    const int64_t head = key.size(0) == 1 ? 0 : kv_head;
-    return first_place + key.const_data_ptr<int64_t>()[head * key.size(1) + position];
+    return first_place_ + keys_[kv_head * key_stride_ + position];
   }
-  int64_t place_of_query(int64_t position) const {
-    return first_place + query.const_data_ptr<int64_t>()[position];
-  }
+  int64_t place_of_query(int64_t position) const { return first_place_ + queries_[position]; }
   // A query as Philox counts it, without a key.
   Counter counter_of(int64_t batch_row, int64_t q_head, int64_t position) const {
-    const int64_t of_document = document.const_data_ptr<int64_t>()[position];
     return {.quad = 0,
             .query = static_cast<uint32_t>(place_of_query(position)),
-            .head = static_cast<uint32_t>(first_head + q_head),
-            .row = static_cast<uint32_t>(first_row + batch_row + of_document)};
+            .head = static_cast<uint32_t>(first_head_ + q_head),
+            .row = static_cast<uint32_t>(first_row_ + batch_row + documents_[position])};
   }
+
+ private:
+  const int64_t* numbers(int64_t index) const { return tensors_[index].const_data_ptr<int64_t>(); }
+
+  std::vector<at::Tensor> tensors_;
+  const int64_t* documents_ = nullptr;
+  const int64_t* queries_ = nullptr;
+  const int64_t* keys_ = nullptr;
+  int64_t key_stride_ = 0, first_row_ = 0, first_head_ = 0, first_place_ = 0;
 };
 
 // The factors of one query after the other, for keys that stay the same.
