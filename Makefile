@@ -203,7 +203,7 @@ fuzz: $(STAMP)
 sanitize: $(STAMP)
 	COLONNADE_CACHE=build/sanitize COLONNADE_CXXFLAGS='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	    $(BIN)/python -m pytest -p no:cacheprovider --timeout 1200 -m 'not plain' tests/backends/test_native.py tests/backends/test_native_decode.py
+	    $(BIN)/python -m pytest -p no:cacheprovider --timeout 1200 -m 'not plain' tests/backends/test_native.py tests/backends/test_native_decode.py tests/ops/test_dropped_positions.py
 
 lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)

@@ -5,6 +5,7 @@ Import from here with `from colonnade.backends import …`: as an attribute of t
 
 call.py         one call: its options, and which keys there are
 documents.py    packed documents: their lengths, and batches of equal ones
+dropout.py      which weights are dropped: a function of a seed and of where they are
 environment.py  environment variables of all backends, and their folder
 choice.py       the order of the backends, which one runs, and why not the others
 tracing/        autocast, compilers, plans that are kept
