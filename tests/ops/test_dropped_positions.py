@@ -288,3 +288,38 @@ def test_no_bit_depends_on_the_number_of_threads(dtype: torch.dtype) -> None:
     for one, other in zip(results[0], results[1], strict=True):
         assert torch.equal(one, other)
     torch.testing.assert_close(results[2][0], results[3][0])
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    "backend",
+    [
+        each if each == BACKENDS[-1] else pytest.param(each, marks=pytest.mark.slow)
+        for each in BACKENDS
+    ],
+)
+def test_a_compiler_drops_the_same_weights(backend: str) -> None:
+    """In plain calls, packs and padded batches; one program for all lengths and probabilities."""
+    pattern, lengths = FixedPattern(8, 2, 2), [9, 0, 17, 15]
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ends: Tensor, dropout: Dropout
+    ) -> list[Tensor]:
+        packing = Packing.of_padded(mask)
+        packed = (t[0].transpose(0, 1) for t in (query, key, value))
+        options: Any = {"dropout": dropout, "backend": backend}
+        return [
+            attend(query, key, value, pattern, **options)[0],
+            attend_packed(*packed, ends, pattern, **options)[0],
+            attention_in_groups(query, key, value, pattern, packing, **options),
+        ]
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for size, p in ((41, 0.4), (50, 0.4), (50, 0.7)):
+        query, key, value = _tensors(3, size, size, backend)
+        mask = torch.arange(size) < torch.tensor([[size], [0], [11]])
+        ends = torch.tensor([0, *lengths[:3], size - 26]).cumsum(0)
+        arguments = query, key, value, mask, ends, _drop(p)
+        for found, expected in zip(compiled(*arguments), run(*arguments), strict=True):
+            torch.testing.assert_close(found, expected)
