@@ -306,11 +306,11 @@ def test_a_compiler_drops_the_same_weights(backend: str) -> None:
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ends: Tensor, dropout: Dropout
     ) -> list[Tensor]:
         packing = Packing.of_padded(mask)
-        packed = (t[0].transpose(0, 1) for t in (query, key, value))
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
         options: Any = {"dropout": dropout, "backend": backend}
         return [
             attend(query, key, value, pattern, **options)[0],
-            attend_packed(*packed, ends, pattern, **options)[0],
+            attend_packed(q, k, v, ends, pattern, **options)[0],
             attention_in_groups(query, key, value, pattern, packing, **options),
         ]
 
