@@ -11,11 +11,12 @@ from torch import Tensor
 from colonnade.backends.choice import Explanation, check_backend, explain_call
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.cache.groups import Groups
+from colonnade.cache.static_groups import StaticGroups, chunks_uncompiled
 from colonnade.cache.store import KeysAndValues, pad
 from colonnade.ops.check import check_tensors, check_together, make_call
 from colonnade.ops.heads import Patterns, check_patterns, depends_on_head, join_heads
 from colonnade.ops.kept import Layout, attend_kept
-from colonnade.pattern import FullPattern, StridedPattern, check_count
+from colonnade.pattern import FullPattern, StridedPattern, check_count, check_flag
 from colonnade.plan.kept import evicted, num_kept
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -51,16 +52,26 @@ class KVCache:
         max_seq_len: Allocate for that many positions at once, and refuse more. None: grow.
         backend: "auto", or the backend that has to run. One that does not take an attention which
             is needed raises, and the cache stays as it was.
+        static: Keep everything in buffers whose size and place never change, so that
+            torch.compile(fullgraph=True) takes a step of one position whole, without compiling it
+            again, and CUDA graphs can replay it. It needs `max_seq_len`; batch size and type are
+            those of the first positions, which come uncompiled; and there are no gradients.
 
     Raises:
-        TypeError: `pattern` is neither a pattern nor a tuple of them, `max_seq_len` no int, or
-            `backend` no str.
-        ValueError: `max_seq_len` is below 1, the tuple is empty, or no backend has that name.
+        TypeError: `pattern` is neither a pattern nor a tuple of them, `max_seq_len` no int,
+            `backend` no str, or `static` no bool.
+        ValueError: `max_seq_len` is below 1, or None with `static`; the tuple is empty; or no
+            backend has that name.
         NotImplementedError: A pattern that is not causal.
     """
 
     def __init__(
-        self, pattern: Patterns, max_seq_len: int | None = None, backend: str = "auto"
+        self,
+        pattern: Patterns,
+        max_seq_len: int | None = None,
+        backend: str = "auto",
+        *,
+        static: bool = False,
     ) -> None:
         self.pattern = pattern
         self._patterns = pattern if isinstance(pattern, tuple) else (pattern,)
@@ -71,10 +82,20 @@ class KVCache:
                 raise NotImplementedError(f"KVCache holds causal patterns only, got {each}.")
         if max_seq_len is not None:
             check_count("max_seq_len", max_seq_len, minimum=1)
+        check_flag("static", static)
+        if static and max_seq_len is None:
+            raise ValueError("static=True needs max_seq_len, got max_seq_len=None.")
+        self.static = static
         self.max_seq_len = max_seq_len
         self.backend = backend
         self.evicting = True
-        self.reset()
+        self._groups = self._empty()
+
+    def _empty(self) -> Groups | StaticGroups:
+        if self.static:
+            assert self.max_seq_len is not None, "checked"
+            return StaticGroups(self.pattern, self.max_seq_len)
+        return Groups(self.pattern, self.max_seq_len)
 
     def __repr__(self) -> str:
         whole = any(isinstance(each, StridedPattern | FullPattern) for each in self._patterns)
@@ -107,8 +128,21 @@ class KVCache:
         return sum(t.nbytes for store in self._groups.stores for t in store.buffers)
 
     def reset(self) -> None:
-        """Forget everything, the sizes of a batch too; memory is given back."""
-        self._groups = Groups(self.pattern, self.max_seq_len)
+        """Forget everything, the sizes of a batch too; memory is given back.
+
+        With static=True the buffers stay where they are, and sizes with them.
+        """
+        if isinstance(self._groups, StaticGroups):
+            self._groups.clear()
+        else:
+            self._groups = self._empty()
+
+    def takes_chunk(self, new: Tensor) -> bool:
+        """Whether new positions, of which a tensor is given, are more than a step of a static cache.
+
+        A step is one position behind others.
+        """
+        return new.shape[2] != 1 or not self._groups.stores
 
     @overload
     def attend(
@@ -132,6 +166,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
     ) -> tuple[Output, LogSumExp]: ...
+    @chunks_uncompiled
     def attend(
         self,
         query: Query,
@@ -178,6 +213,7 @@ class KVCache:
         assert lse is not None
         return out, lse
 
+    @chunks_uncompiled
     def append(
         self, key: Key, value: Value, padding_mask: Bool[Tensor, "batch q_len"] | None = None
     ) -> Entries:
@@ -226,6 +262,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
     ) -> tuple[Output, LogSumExp]: ...
+    @chunks_uncompiled
     def read(
         self,
         query: Query,

@@ -14,12 +14,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from colonnade.backends.call import Call, Kept, Seen
-from colonnade.backends.choice import run
+from colonnade.backends.choice import SKIP_UNMARKED, choose, run
 from colonnade.backends.tracing.device import on_device
 from colonnade.ops.heads import HeadGroup, join_heads
 from colonnade.pattern import Pattern
 from colonnade.plan.kept import RowGroup, last_reads
-from colonnade.shapes import Key, LogSumExp, Output, Query, SeenMask, Value
+from colonnade.shapes import KeptMask, Key, LogSumExp, Output, Query, SeenMask, Value
 
 
 class KeptHeads(NamedTuple):
@@ -29,6 +29,8 @@ class KeptHeads(NamedTuple):
     rows: list[RowGroup]
     """The queries are the new positions of these batch rows."""
     width: int
+    reads: KeptMask | None = None
+    """Marks what one new position of each batch row reads, in a cache of fixed size."""
 
 
 class Layout(NamedTuple):
@@ -84,6 +86,13 @@ def _attend_heads(
     backend: str,
 ) -> tuple[Output, LogSumExp | None]:
     q_len, rows = query.shape[2], kept.rows
+    if kept.reads is not None:
+        mask = kept.reads[:, :, None]
+        call = call._replace(pattern=kept.heads.pattern, keys=Seen(mask))
+        if choose(query, key, value, call, backend) not in SKIP_UNMARKED:
+            # Whatever earlier positions left there: NaN would come through a mask.
+            key, value = (t.masked_fill(~mask.mT, 0) for t in (key, value))
+        return run(query, key, value, call, backend)
     if len(rows) == 1 and is_token is None:
         call, span = kept_call(call, kept.heads.pattern, rows[0], q_len)
         if span is not None and span.stop - span.start < key.shape[2]:

@@ -1,0 +1,159 @@
+"""Where a cache of fixed size keeps positions: index arithmetic on tensors, without a branch.
+
+The entries are [slots | tail], both as long as `max_seq_len` positions may ever need. A summary is
+written twice, to its slot and to the tail, so nothing has to move when its block closes:
+
+    position p, block b = p // l, offset o = p mod l         FixedPattern, part "merged"
+    slot b·c + column    if o is the column-th summary column of the head
+    tail o               always; the next block writes over it
+
+Part "local" has the tail alone. Part "summary" reads nothing but summaries, so its tail is a single
+entry that takes what is no summary, and stays 0. A LocalPattern has a ring of `window` entries. A
+StridedPattern and a FullPattern keep every position at its own number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from colonnade.pattern import FixedPattern, LocalPattern, Pattern, StridedPattern
+from colonnade.plan.kept import Lengths, kept_begin, num_slots
+from colonnade.shapes import KeptMask
+
+
+class Sizes(NamedTuple):
+    """Number of entries of each kind that a key head has."""
+
+    slots: int
+    tail: int
+
+    @property
+    def entries(self) -> int:
+        """Number of all entries."""
+        return self.slots + self.tail
+
+
+class Places(NamedTuple):
+    """The entries to which new positions are written."""
+
+    index: Int[Tensor, "batch kv_heads places"]
+    is_kept: Bool[Tensor, "batch kv_heads places"] | None
+    """False where 0 is written instead, because no later position reads this one; None: nowhere."""
+
+
+def static_sizes(pattern: Pattern, max_seq_len: int, num_kv_heads: int) -> Sizes:
+    """Return how many entries each key head needs for up to `max_seq_len` positions."""
+    if isinstance(pattern, LocalPattern):
+        return Sizes(0, min(pattern.window, max_seq_len))
+    if not isinstance(pattern, FixedPattern):
+        return Sizes(0, max_seq_len)
+    tail = min(pattern.stride, max_seq_len)
+    if pattern.part == "local":
+        return Sizes(0, tail)
+    if pattern.part == "merged":  # Nobody reads the last block from outside.
+        return Sizes(num_slots(pattern, max_seq_len - 1), tail)
+    first = min(pattern.summary_columns(head).start for head in range(num_kv_heads))
+    of_last = min(max(max_seq_len % pattern.stride - first, 0), pattern.summary)
+    return Sizes(num_slots(pattern, max_seq_len) + of_last, 1)
+
+
+def first_columns(pattern: Pattern, num_kv_heads: int) -> Int[Tensor, " kv_heads"]:
+    """Return the column of a block at which the summaries of each key head begin, on the CPU."""
+    fixed = isinstance(pattern, FixedPattern)
+    columns = [pattern.summary_columns(h).start if fixed else 0 for h in range(num_kv_heads)]
+    return torch.tensor(columns, device="cpu")
+
+
+def places_of(
+    pattern: Pattern,
+    sizes: Sizes,
+    position: Int[Tensor, " batch"],
+    first: Int[Tensor, " kv_heads"],
+) -> Places:
+    """Return the entries to which the position of each batch row is written.
+
+    Args:
+        pattern: The pattern of these heads.
+        sizes: Of their entries.
+        position: [batch], below the `max_seq_len` of the sizes.
+        first: See `first_columns`.
+    """
+    own = position[:, None].expand(-1, first.shape[0])
+    if isinstance(pattern, LocalPattern):
+        return Places((own % sizes.tail)[..., None], None)
+    if not isinstance(pattern, FixedPattern):
+        return Places(own[..., None], None)
+    offset = own % pattern.stride
+    tail = sizes.slots + offset
+    if pattern.part == "local":
+        return Places(tail[..., None], None)
+    column = offset - first
+    slot = own // pattern.stride * pattern.summary + column
+    is_slot = (column >= 0) & (column < pattern.summary) & (slot < sizes.slots)
+    if pattern.part == "summary":
+        return Places(torch.where(is_slot, slot, sizes.slots)[..., None], is_slot[..., None])
+    return Places(torch.stack([tail, torch.where(is_slot, slot, tail)], -1), None)
+
+
+def static_reads(
+    pattern: Pattern,
+    sizes: Sizes,
+    position: Int[Tensor, " batch"],
+    first: Int[Tensor, " kv_heads"],
+) -> KeptMask:
+    """Mark the entries that the last position of each batch row reads, once it is written.
+
+    The arguments are those of `places_of`.
+    """
+    entry = torch.arange(sizes.entries, device=position.device)
+    own = position[:, None, None]
+    if isinstance(pattern, StridedPattern):
+        reads = pattern.reads(own, entry)
+    elif isinstance(pattern, FixedPattern):
+        offset = own % pattern.stride
+        closed = own // pattern.stride * pattern.summary
+        if pattern.part == "summary":
+            reads = entry < closed + (offset + 1 - first[:, None]).clamp(0, pattern.summary)
+        else:
+            reads = torch.where(entry < sizes.slots, entry < closed, entry - sizes.slots <= offset)
+    else:  # A ring that is full holds the window.
+        reads = entry <= own
+    return reads.expand(-1, first.shape[0], -1)
+
+
+def sources(
+    pattern: Pattern, sizes: Sizes, row: Lengths, first: Int[Tensor, " kv_heads"]
+) -> Int[Tensor, "kv_heads entries"]:
+    """Return where among the entries [slots | tail] of a batch row each of these entries is found.
+
+    The row is one of a cache that grows, see `plan.kept`; -1 is nowhere, for there is no position
+    yet that belongs there, or no position reads it any more.
+    """
+    entry = torch.arange(sizes.entries, device="cpu").expand(len(first), -1)
+    seq_len, begin = row
+    held = entry
+    if isinstance(pattern, LocalPattern):
+        held = seq_len - 1 - (seq_len - 1 - entry) % sizes.tail
+    elif isinstance(pattern, FixedPattern):
+        column = first[:, None] + entry % pattern.summary
+        of_slot = entry // pattern.summary * pattern.stride + column
+        of_tail = kept_begin(pattern, seq_len) + entry - sizes.slots
+        if pattern.part == "summary":
+            of_tail = torch.full_like(entry, -1)
+        held = torch.where(entry < sizes.slots, of_slot, of_tail)
+    found = torch.where(held >= begin, num_slots(pattern, begin) + held - begin, entry)
+    return torch.where((held >= 0) & (held < seq_len), found, -1)
+
+
+def destinations(
+    source: Int[Tensor, "kv_heads entries"], num_kept: int
+) -> Int[Tensor, "kv_heads kept"]:
+    """Return the way back: which entry holds each of the first `num_kept` of `sources`, or -1."""
+    entry = torch.arange(source.shape[1], device="cpu").expand(source.shape)
+    found = torch.full((len(source), num_kept + 1), -1, device="cpu")
+    # What is nowhere goes behind the others.
+    return found.scatter(1, torch.where(source < 0, num_kept, source), entry)[:, :num_kept]
