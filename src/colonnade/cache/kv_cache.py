@@ -108,6 +108,12 @@ class KVCache:
         return self._groups.seq_lens
 
     @property
+    def lengths(self) -> Tensor:
+        """[batch]: `seq_lens` as the tensor in which a cache with static=True counts."""
+        assert isinstance(self._groups, StaticGroups), "others count with numbers"
+        return self._groups.stores[0].seq_len
+
+    @property
     def seq_len(self) -> int:
         """Number of positions that were appended; of the longest batch row, where they differ."""
         return max(self.seq_lens, default=0)
@@ -136,13 +142,6 @@ class KVCache:
             self._groups.clear()
         else:
             self._groups = self._empty()
-
-    def takes_chunk(self, new: Tensor) -> bool:
-        """Whether new positions, of which a tensor is given, are more than a step of a static cache.
-
-        A step is one position behind others.
-        """
-        return new.shape[2] != 1 or not self._groups.stores
 
     @overload
     def attend(
@@ -237,7 +236,8 @@ class KVCache:
                 join_heads([pad(t, width) for t in ts]) for ts in zip(*pairs, strict=True)
             )
         entries = Entries(keys, values)
-        entries.layout = layout
+        if layout.groups[0].reads is None:  # Else it follows from what the cache holds.
+            entries.layout = layout
         return entries
 
     @overload
@@ -288,7 +288,7 @@ class KVCache:
                 those of the appended positions, or `values` come with all that `append` returned.
             NotImplementedError: The backend that the cache was given does not take this.
         """
-        layout = self._groups.layout
+        layout, is_given = self._groups.layout, isinstance(keys, Entries)
         if isinstance(keys, Entries):
             if values is not None:
                 raise ValueError(
@@ -314,10 +314,12 @@ class KVCache:
                 f"{(k.shape[0], kv_heads, entries)}, got {tuple(k.shape[:3])}."
             )
         pairs = [KeysAndValues(k, v)]
-        if len(layout.groups) > 1:
+        if is_given and layout.groups[0].reads is not None:
+            pairs = [store.buffers for store in self._groups.stores]
+        elif len(layout.groups) > 1:
             pairs = [
                 KeysAndValues(*(t[:, heads.first : heads.stop, :width] for t in (k, v)))
-                for heads, _, width in layout.groups
+                for heads, _, width, _ in layout.groups
             ]
         call = make_call(query, self._patterns[0], scale, dropout_p, return_lse)
         out, lse = attend_kept(query, pairs, layout, call, self.backend)

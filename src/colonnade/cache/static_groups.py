@@ -13,6 +13,7 @@ from torch import Tensor
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.choice import choose
 from colonnade.backends.tracing.device import is_capturing
+from colonnade.backends.tracing.uncompiled import caller_without_compiler
 from colonnade.cache.groups import Groups, check_as_before, too_many
 from colonnade.cache.static import StaticStore
 from colonnade.cache.store import KeysAndValues
@@ -31,14 +32,15 @@ class StaticGroups:
 
     Attributes:
         stores: In the order of the key heads.
+        uncompiled: Calls a function where a compiler must not follow.
     """
 
     def __init__(self, patterns: Patterns, max_seq_len: int) -> None:
         self.patterns = patterns
         self.max_seq_len = max_seq_len
         self.stores: list[StaticStore] = []
+        self.uncompiled = caller_without_compiler()
         self._of_chunk: Layout | None = None
-        _uncompiled()  # Made before anything is traced.
 
     @property
     def seq_lens(self) -> list[int]:
@@ -69,7 +71,7 @@ class StaticGroups:
             NotImplementedError: Everything is to be kept, or gradients are wanted.
         """
         _refuse_what_has_no_room(key, value, evicting)
-        if self.stores and key.shape[2] == 1:
+        if not self.takes_chunk(key):
             return self._step(key, value, padding_mask, asked)
         growing = self._unpacked()
         entries, layout = growing.append(key, value, padding_mask, True, asked)
@@ -134,7 +136,7 @@ class StaticGroups:
     ) -> Iterator[tuple[tuple[Query, Key, Value], Call]]:
         """Yield the call that will follow `append` for each head group, with its tensors."""
         _refuse_what_has_no_room(key, value, evicting)
-        if self.stores and key.shape[2] == 1:
+        if not self.takes_chunk(key):
             return self._calls_of_step(query, key, value, call)
         return self._unpacked().calls(query, key, value, call, counts, is_token, True)
 
@@ -153,6 +155,13 @@ class StaticGroups:
     ) -> tuple[list[int], Tensor | None]:
         """Refuse what cannot be appended; return how many tokens come, and which they are."""
         return self._unpacked().check_new(key, value, padding_mask)
+
+    def takes_chunk(self, new: Tensor) -> bool:
+        """Whether new positions are more than a step: one position behind others.
+
+        A tensor of them is given.
+        """
+        return new.shape[2] != 1 or not self.stores
 
     def clear(self) -> None:
         """Forget every position; the buffers stay where they are."""
@@ -184,28 +193,13 @@ def _refuse_what_has_no_room(key: Key, value: Value, evicting: bool) -> None:
 def chunks_uncompiled(method: Method) -> Method:
     """Have a method of `KVCache` called as it is where a compiler meets a chunk for a static cache.
 
-    The numbers on the host that a chunk needs break the graph; with fullgraph=True that is an error
-    which says what to do.
+    It works with numbers on the host, which would break the graph anyway.
     """
 
     @functools.wraps(method)
     def call(cache: Any, first: Any, *others: Any, **options: Any) -> Any:
-        if cache.static and torch.compiler.is_compiling() and cache.takes_chunk(first):
-            return _uncompiled()(method, cache, first, *others, **options)
+        if cache.static and torch.compiler.is_compiling() and cache._groups.takes_chunk(first):
+            return cache._groups.uncompiled(method, cache, first, *others, **options)
         return method(cache, first, *others, **options)
 
     return call  # type: ignore[return-value]  # It takes and gives the same.
-
-
-@functools.cache
-def _uncompiled() -> Callable[..., Any]:
-    """Return a function that calls another one without a compiler; this loads the compiler."""
-    return torch.compiler.disable(
-        _called,
-        reason="a cache with static=True is compiled for steps of one position, once it holds "
-        "some. Call the model or layer uncompiled with a prompt, or compile without fullgraph=True",
-    )
-
-
-def _called(method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    return method(*arguments, **options)
