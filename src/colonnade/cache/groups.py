@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -20,6 +20,7 @@ from colonnade.plan.kept import Lengths
 from colonnade.shapes import Key, Query, Value
 
 
+@runtime_checkable
 class _HasBuffers(Protocol):
     """A store, of whatever kind."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from colonnade.backends.choice import Explanation, check_backend, explain_call
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.cache.groups import Groups
+from colonnade.cache.static import StaticStore
 from colonnade.cache.static_groups import StaticGroups, chunks_uncompiled
-from colonnade.cache.store import KeysAndValues, pad
+from colonnade.cache.store import KeysAndValues, Store, pad
 from colonnade.ops.check import check_tensors, check_together, make_call
 from colonnade.ops.heads import Patterns, check_patterns, depends_on_head, join_heads
 from colonnade.ops.kept import Layout, attend_kept
@@ -379,8 +381,9 @@ class KVCache:
                 f"seq_len must have a number for each of {len(self.seq_lens)} rows, "
                 f"got seq_len={seq_len}."
             )
-        shorter = [store.shorter(wanted) for store in self._groups.stores]
-        for store, rows in zip(self._groups.stores, shorter, strict=True):
+        stores: Sequence[Store | StaticStore] = self._groups.stores
+        shorter = [store.shorter(wanted) for store in stores]
+        for store, rows in zip(stores, shorter, strict=True):
             store.crop(rows)
 
     def evict(self) -> None:

@@ -28,7 +28,7 @@ from colonnade.plan.static import (
     static_reads,
     static_sizes,
 )
-from colonnade.shapes import Key, KeptMask, Value
+from colonnade.shapes import KeptMask, Key, Value
 
 
 @dataclass

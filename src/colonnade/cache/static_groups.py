@@ -18,7 +18,7 @@ from colonnade.cache.groups import Groups, check_as_before, too_many
 from colonnade.cache.static import StaticStore
 from colonnade.cache.store import KeysAndValues
 from colonnade.ops.check import check_padding
-from colonnade.ops.heads import Patterns, check_patterns, head_groups
+from colonnade.ops.heads import Patterns, head_groups
 from colonnade.ops.kept import KeptHeads, Layout
 from colonnade.shapes import Key, Query, Value
 

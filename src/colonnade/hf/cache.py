@@ -200,7 +200,9 @@ class FixedCache(Cache):
         if attention_mask is not None:
             whole = torch.ones_like(attention_mask, dtype=torch.bool)
             if self._padding is not None:
-                whole = F.pad(self._padding, (0, whole.shape[1] - self._padding.shape[1]), value=True)
+                whole = F.pad(
+                    self._padding, (0, whole.shape[1] - self._padding.shape[1]), value=True
+                )
             torch._assert_async((attention_mask == whole).all(), _COMPILED_PADDING)
             covers = self.layers[0].get_seq_length() + length == attention_mask.shape[1]
             torch._assert_async(torch.as_tensor(covers), _COMPILED_PADDING)
@@ -276,11 +278,7 @@ class FixedCache(Cache):
             entries: Entries = self._uncompiled(self.update, key_states, value_states, layer_idx)
             return entries
         seen = _COMPILED if is_step else layer.seen
-        if (
-            announced is None
-            or seen != announced.seen
-            or key_states.shape[2] != announced.length
-        ):
+        if announced is None or seen != announced.seen or key_states.shape[2] != announced.length:
             raise ValueError(
                 f"a FixedCache works with attn_implementation={NAME!r} and a 2-D attention_mask, "
                 "or none, only: any other attention would take what it keeps for everything. "
