@@ -98,6 +98,7 @@ def test_append_and_read_are_attend(pattern: Patterns) -> None:
 
 @each_causal
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.plain
 def test_what_earlier_positions_left_behind_reaches_nobody(
     pattern: Patterns, dtype: torch.dtype
 ) -> None:
@@ -183,6 +184,7 @@ def test_rows_are_reordered(pattern: Patterns) -> None:
 
 
 @each_causal
+@pytest.mark.plain
 def test_it_is_cropped_to_what_is_still_there(pattern: Patterns) -> None:
     """As a cache that grows, once that has let go of everything that it can."""
     tensors, other = draw(30, batch=2), draw(30, batch=2)
@@ -210,7 +212,7 @@ def test_it_is_cropped_to_what_is_still_there(pattern: Patterns) -> None:
 def _after(before: Triple, then: Triple, length: int) -> Triple:
     """Return `length` positions of one sequence, and those of the other behind."""
     return each(
-        lambda pair: torch.cat([pair[0][:, :, :length], pair[1][:, :, length:]], 2),  # type: ignore[arg-type, return-value]
+        lambda pair: torch.cat([pair[0][:, :, :length], pair[1][:, :, length:]], 2),
         tuple(zip(before, then, strict=True)),  # type: ignore[arg-type]
     )
 

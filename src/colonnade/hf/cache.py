@@ -60,9 +60,9 @@ _MASK_IS_MISSING = (
     "attention_mask=None."
 )
 _COMPILED_PADDING = (
-    "attention_mask must cover every position so far and the new one, say of earlier positions what "
-    "it said when they came, and be 1 at the new one: a compiled step brings each row a token. Call "
-    "the model uncompiled where a row has none."
+    "attention_mask must cover every position so far and the new one, say of earlier positions "
+    "what it said when they came, and be 1 at the new one: a compiled step brings each row a "
+    "token. Call the model uncompiled where a row has none."
 )
 
 
@@ -198,11 +198,9 @@ class FixedCache(Cache):
         if attention_mask is None and self._padding is not None:
             raise ValueError(_MASK_IS_MISSING)
         if attention_mask is not None:
-            whole = torch.ones_like(attention_mask, dtype=torch.bool)
-            if self._padding is not None:
-                whole = F.pad(
-                    self._padding, (0, whole.shape[1] - self._padding.shape[1]), value=True
-                )
+            whole = self.tokens_so_far(attention_mask.shape[1])
+            if whole is None:
+                whole = torch.ones_like(attention_mask, dtype=torch.bool)
             torch._assert_async((attention_mask == whole).all(), _COMPILED_PADDING)
             covers = self.layers[0].get_seq_length() + length == attention_mask.shape[1]
             torch._assert_async(torch.as_tensor(covers), _COMPILED_PADDING)

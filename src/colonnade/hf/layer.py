@@ -68,8 +68,8 @@ class FixedLayer(CacheLayerMixin):
     def record_past(self, value: bool) -> None:
         if value and self.kv.static:
             raise NotImplementedError(
-                "a FixedCache with static=True has no room for positions that may be taken back, as "
-                "assisted decoding and prompt lookup take them back. Use FixedCache(config) there."
+                "a FixedCache with static=True has no room for positions that may be taken back: "
+                "assisted decoding and prompt lookup need FixedCache(config)."
             )
         self.kv.evicting = not value
 

@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
 class Places(NamedTuple):
     """The entries to which new positions are written."""
 
-    index: Int[Tensor, "batch kv_heads places"]
+    entries: Int[Tensor, "batch kv_heads places"]
     is_kept: Bool[Tensor, "batch kv_heads places"] | None
     """False where 0 is written instead, because no later position reads this one; None: nowhere."""
 
@@ -63,8 +63,9 @@ def static_sizes(pattern: Pattern, max_seq_len: int, num_kv_heads: int) -> Sizes
 
 def first_columns(pattern: Pattern, num_kv_heads: int) -> Int[Tensor, " kv_heads"]:
     """Return the column of a block at which the summaries of each key head begin, on the CPU."""
-    fixed = isinstance(pattern, FixedPattern)
-    columns = [pattern.summary_columns(h).start if fixed else 0 for h in range(num_kv_heads)]
+    columns = [0] * num_kv_heads
+    if isinstance(pattern, FixedPattern):
+        columns = [pattern.summary_columns(head).start for head in range(num_kv_heads)]
     return torch.tensor(columns, device="cpu")
 
 

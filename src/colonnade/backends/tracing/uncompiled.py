@@ -16,11 +16,12 @@ def caller_without_compiler() -> Callable[..., Any]:
     In a full graph that is an error, which says what to do. Ask for it before anything is traced:
     it loads the compiler.
     """
-    return torch.compiler.disable(
+    caller: Callable[..., Any] = torch.compiler.disable(
         _call,
         reason="a cache with static=True is compiled for steps of one position, once it holds "
         "some. Call the model or layer uncompiled with a prompt, or compile without fullgraph=True",
     )
+    return caller
 
 
 def _call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
