@@ -8,7 +8,7 @@ returns a descriptor instead of a tensor, which tells the attention function tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from inspect import getclosurevars
 from typing import Any
@@ -90,7 +90,8 @@ def mask_function(
         if compiling and cache is not None and q_length == 1:
             # It was looked at then. All of it would be a tensor that grows with every token.
             cache.announce_checked(q_length, attention_mask.new)
-            return replace(attention_mask, is_of_call=call is not None)
+            shape = batch_size, 1, q_length, kv_length
+            return PatternMask(cache=cache, shape=shape, is_of_call=call is not None)
         attention_mask = attention_mask.given
     if compiling:
         _require_known(mask_function, batch_size, q_length, device)
