@@ -11,28 +11,17 @@ from torch import Tensor
 
 from colonnade.backends.choice import Explanation, check_backend, explain_call
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
+from colonnade.cache.entries import Entries, check_index, pairs_of_groups
 from colonnade.cache.groups import Groups
 from colonnade.cache.static import StaticStore
 from colonnade.cache.static_groups import StaticGroups, chunks_uncompiled
-from colonnade.cache.store import KeysAndValues, Store, pad
+from colonnade.cache.store import Store, pad
 from colonnade.ops.check import check_tensors, check_together, make_call
 from colonnade.ops.heads import Patterns, check_patterns, depends_on_head, join_heads
-from colonnade.ops.kept import Layout, attend_kept
+from colonnade.ops.kept import attend_kept
 from colonnade.pattern import FullPattern, StridedPattern, check_count, check_flag
 from colonnade.plan.kept import evicted, num_kept
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
-
-
-class Entries(KeysAndValues):
-    """The entries that the queries of appended positions may read; unpacks as (keys, values).
-
-    [batch, kv_heads, kept, …] each: the summaries of closed blocks, then every position from the
-    first block on that is still open for one of these queries. A shorter batch row, or head group,
-    is followed by zeros. They may be views of the cache, good until it is used next.
-    """
-
-    layout: Layout | None = None
-    """The way in which `KVCache.read` reads them; None: as those that were appended last."""
 
 
 class KVCache:
@@ -302,27 +291,10 @@ class KVCache:
             raise ValueError("read needs what append returned, and nothing was appended.")
         query, k, v = cast_as_autocast_would(query, keys, values)
         check_together(query, k, v, "[batch, heads, seq, head_dim]")
-        if query.shape[2] != layout.q_len:
-            raise ValueError(
-                f"query must be those of the {layout.q_len} positions that were appended, got "
-                f"query.shape={tuple(query.shape)}."
-            )
-        kv_heads, entries = layout.groups[-1].heads.stop, max(g.width for g in layout.groups)
-        if not depends_on_head(self.pattern):  # Then they may be repeated, for example.
-            kv_heads = k.shape[1]
-        if k.shape[1:3] != (kv_heads, entries):
-            raise ValueError(
-                "keys and values must be those that append returned, [batch, kv_heads, entries] = "
-                f"{(k.shape[0], kv_heads, entries)}, got {tuple(k.shape[:3])}."
-            )
-        pairs = [KeysAndValues(k, v)]
+        # Heads that read alike may be repeated, for example.
+        pairs = pairs_of_groups(query, k, v, layout, depends_on_head(self.pattern))
         if is_given and layout.groups[0].reads is not None:
             pairs = [store.buffers for store in self._groups.stores]
-        elif len(layout.groups) > 1:
-            pairs = [
-                KeysAndValues(*(t[:, heads.first : heads.stop, :width] for t in (k, v)))
-                for heads, _, width, _ in layout.groups
-            ]
         call = make_call(query, self._patterns[0], scale, dropout_p, return_lse)
         out, lse = attend_kept(query, pairs, layout, call, self.backend)
         if not return_lse:
@@ -402,7 +374,7 @@ class KVCache:
             TypeError: `index` is no tensor of integers.
             ValueError: Not one index for each row, or an index without a row.
         """
-        if self._check_index(index) != len(self.seq_lens):
+        if check_index(index, len(self.seq_lens)) != len(self.seq_lens):
             raise ValueError(
                 f"index must have one entry for each of {len(self.seq_lens)} rows, "
                 f"got index.shape={tuple(index.shape)}."
@@ -416,7 +388,7 @@ class KVCache:
             TypeError: `index` is no tensor of integers.
             ValueError: An index without a row.
         """
-        self._check_index(index)
+        check_index(index, len(self.seq_lens))
         rows = index.tolist()
         for store in self._groups.stores:
             store.select(index, rows)
@@ -425,12 +397,3 @@ class KVCache:
         """Repeat each batch row n times, one after the other, as `repeat_interleave` does."""
         check_count("n", n, minimum=1)
         self.select(torch.arange(len(self.seq_lens), device="cpu").repeat_interleave(n))
-
-    def _check_index(self, index: Tensor) -> int:
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
-            found = getattr(index, "dtype", type(index).__name__)
-            raise TypeError(f"index must be a tensor of int32 or int64, got {found}.")
-        rows = len(self.seq_lens)
-        if index.dim() != 1 or not all(0 <= row < rows for row in index.tolist()):
-            raise ValueError(f"index must be a row of numbers in [0, {rows}), got index={index}.")
-        return len(index)
