@@ -197,9 +197,11 @@ def chunks_uncompiled(method: Method) -> Method:
     """
 
     @functools.wraps(method)
-    def call(cache: Any, first: Any, *others: Any, **options: Any) -> Any:
-        if cache.static and torch.compiler.is_compiling() and cache._groups.takes_chunk(first):
-            return cache._groups.uncompiled(method, cache, first, *others, **options)
-        return method(cache, first, *others, **options)
+    def call(cache: Any, *arguments: Any, **options: Any) -> Any:
+        if cache.static and torch.compiler.is_compiling():
+            new = arguments[0] if arguments else options.get("query", options.get("key"))
+            if cache._groups.takes_chunk(new):
+                return cache._groups.uncompiled(method, cache, *arguments, **options)
+        return method(cache, *arguments, **options)
 
     return call  # type: ignore[return-value]  # It takes and gives the same.
