@@ -1,9 +1,9 @@
 """Time decoding through `KVCache` against caches that keep everything: `make bench-decoding`.
 
-`python benchmarks/decoding.py --compiled` times `generate` compiled against uncompiled alone, and
-writes that part of the results. Everything takes a quarter of an hour, and nothing else may run at the same time. Writes
-benchmarks/decoding.json and docs/decoding.svg, and prints a table. l = 128, c = 8; batches of one
-sequence, and 8 heads of width 64 where no model is named.
+It takes half an hour, and nothing else may run at the same time. Writes benchmarks/decoding.json
+and docs/decoding.svg, and prints a table. l = 128, c = 8; batches of one sequence, and 8 heads of
+width 64 where no model is named. With --compiled it times `generate` compiled against uncompiled
+alone, and writes that part of the results.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def main() -> None:
     """Measure everything, printing a line for each result, and write the results."""
     torch.manual_seed(0)
     if sys.argv[1:] == ["--compiled"]:
-        found = json.loads((HERE / "decoding.json").read_text())
-        found["compiled"] = _compiled()
-        (HERE / "decoding.json").write_text(json.dumps(found, indent=1) + "\n")
+        earlier = json.loads((HERE / "decoding.json").read_text())
+        _write({**earlier, "compiled": _compiled()})
         return
     machine = info(["torch", "transformers"], build=True).for_measurement()
     found: dict[str, Any] = {"machine": machine, "comparisons": {}, "fewer_bytes": {}}
@@ -80,8 +79,12 @@ def main() -> None:
             _note(found, name, compare(_generation(model, dtype), 3), NEW_TOKENS)
     found["compiled"] = _compiled()
     found["by_length"] = _by_length()
-    (HERE / "decoding.json").write_text(json.dumps(found, indent=1) + "\n")
+    _write(found)
     draw(found["by_length"], HERE.parent / "docs" / "decoding.svg")
+
+
+def _write(found: dict[str, Any]) -> None:
+    (HERE / "decoding.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _name(dtype: torch.dtype) -> str:

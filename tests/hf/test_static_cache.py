@@ -145,7 +145,7 @@ def test_a_compiled_forward_in_a_loop(name: str, padded: bool) -> None:
         if padded:
             given["attention_mask"] = torch.cat([mask, mask.new_ones(2, 1)], 1)
             given["attention_mask"][0, 3] = 0
-            given["position_ids"] = positions_of(mask)[:, -1:] + 1
+            given["position_ids"] = (positions_of(mask) + 1)[:, -1:]
             with pytest.raises(RuntimeError, match="say of earlier positions what"):
                 step(token, **given)
 
