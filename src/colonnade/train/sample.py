@@ -123,8 +123,11 @@ def _compiler_works() -> bool:
 
 def _compile_config(device: torch.device) -> CompileConfig:
     """Return how `generate` compiles a step; by itself it does so on accelerators alone."""
-    mode = "default" if device.type == "cpu" else "reduce-overhead"
-    config = CompileConfig(fullgraph=True, mode=mode)
+    if device.type == "cpu":
+        # What is written for one byte is too little for more threads, which have to be woken up.
+        config = CompileConfig(fullgraph=True, mode=None, options={"cpp.threads": 1})
+    else:
+        config = CompileConfig(fullgraph=True)
     config._compile_all_devices = True  # type: ignore[assignment]  # Annotated by its default.
     return config
 
