@@ -232,7 +232,8 @@ def _compiled() -> dict[str, Any]:
 def _compiled_generation(name: str, model: Any, prompt: int) -> dict[str, Any]:
     """Return a comparison, the seconds of the first call, and the share of equal tokens."""
     ids = torch.randint(1, 256, (1, prompt))
-    config = CompileConfig(fullgraph=True, mode=None, options={"cpp.threads": 1})
+    options = {"cpp.threads": 1}
+    config = CompileConfig(fullgraph=True, mode=None, options=options)  # type: ignore[arg-type]
     config._compile_all_devices = True  # type: ignore[assignment]  # Annotated by its default.
     room = prompt + NEW_TOKENS
     uncompiled = _generate(model, ids, FixedCache(model.config, room), COMPILED_ROUNDS + 2)

@@ -125,7 +125,8 @@ def _compile_config(device: torch.device) -> CompileConfig:
     """Return how `generate` compiles a step; by itself it does so on accelerators alone."""
     if device.type == "cpu":
         # What is written for one byte is too little for more threads, which have to be woken up.
-        config = CompileConfig(fullgraph=True, mode=None, options={"cpp.threads": 1})
+        options = {"cpp.threads": 1}
+        config = CompileConfig(fullgraph=True, mode=None, options=options)  # type: ignore[arg-type]
     else:
         config = CompileConfig(fullgraph=True)
     config._compile_all_devices = True  # type: ignore[assignment]  # Annotated by its default.
