@@ -1,14 +1,17 @@
 """Time decoding through `KVCache` against caches that keep everything: `make bench-decoding`.
 
-It takes a quarter of an hour, and nothing else may run at the same time. Writes
-benchmarks/decoding.json and docs/decoding.svg, and prints a table. l = 128, c = 8; batches of one
-sequence, and 8 heads of width 64 where no model is named.
+It takes half an hour, and nothing else may run at the same time. Writes benchmarks/decoding.json
+and docs/decoding.svg, and prints a table. l = 128, c = 8; batches of one sequence, and 8 heads of
+width 64 where no model is named. With --compiled it times `generate` compiled against uncompiled
+alone, and writes that part of the results.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 
 from colonnade import FixedPattern, KVCache
@@ -37,6 +46,8 @@ PROMPT = 32_768
 TOKENS = 64
 """Number of tokens that are timed together; the caches are then cropped to where they were."""
 NEW_TOKENS = 256
+SHORT_PROMPT = 1_024
+COMPILED_ROUNDS = 5
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = tuple(2**power for power in range(8, 17))
 HERE = Path(__file__).parent
@@ -45,6 +56,10 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Measure everything, printing a line for each result, and write the results."""
     torch.manual_seed(0)
+    if sys.argv[1:] == ["--compiled"]:
+        earlier = json.loads((HERE / "decoding.json").read_text())
+        _write({**earlier, "compiled": _compiled()})
+        return
     machine = info(["torch", "transformers"], build=True).for_measurement()
     found: dict[str, Any] = {"machine": machine, "comparisons": {}, "fewer_bytes": {}}
     for dtype in DTYPES:
@@ -62,9 +77,14 @@ def main() -> None:
         for model in ("retrofitted Llama", "Sparse Transformer"):
             name = f"{_name(dtype)}, {model}, a generated token"
             _note(found, name, compare(_generation(model, dtype), 3), NEW_TOKENS)
+    found["compiled"] = _compiled()
     found["by_length"] = _by_length()
-    (HERE / "decoding.json").write_text(json.dumps(found, indent=1) + "\n")
+    _write(found)
     draw(found["by_length"], HERE.parent / "docs" / "decoding.svg")
+
+
+def _write(found: dict[str, Any]) -> None:
+    (HERE / "decoding.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -185,15 +205,55 @@ def _generation(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]
     }
 
 
-def _generate(model: Any, ids: Tensor, cache: Cache) -> Callable[[], object]:
+def _generate(
+    model: Any, ids: Tensor, cache: Cache, calls: int = 4, **more: Any
+) -> Callable[[], Tensor]:
     with torch.no_grad():
         for chunk in ids[:, :-1].split(8_192, 1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
     # A copy for each round, made before any is timed.
-    caches = [copy.deepcopy(cache) for _ in range(4)]
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    caches = [copy.deepcopy(cache) for _ in range(calls)]
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0, **more}
     mask = torch.ones_like(ids)
     return lambda: model.generate(ids, attention_mask=mask, past_key_values=caches.pop(), **options)
+
+
+def _compiled() -> dict[str, Any]:
+    """Compare `generate` over a cache of fixed size, compiled, with today's over one that grows."""
+    found: dict[str, Any] = {}
+    for prompt in (SHORT_PROMPT, PROMPT):
+        for dtype in DTYPES:
+            for model in ("retrofitted Llama", "Sparse Transformer"):
+                name = f"{_name(dtype)}, {model}, {prompt:,} tokens before"
+                found[name] = _compiled_generation(name, _models(model, dtype)[0], prompt)
+    return found
+
+
+def _compiled_generation(name: str, model: Any, prompt: int) -> dict[str, Any]:
+    """Return a comparison, the seconds of the first call, and the share of equal tokens."""
+    ids = torch.randint(1, 256, (1, prompt))
+    options = {"cpp.threads": 1}
+    config = CompileConfig(fullgraph=True, mode=None, options=options)  # type: ignore[arg-type]
+    config._compile_all_devices = True  # type: ignore[assignment]  # Annotated by its default.
+    room = prompt + NEW_TOKENS
+    uncompiled = _generate(model, ids, FixedCache(model.config, room), COMPILED_ROUNDS + 2)
+    static = FixedCache(model.config, room, static=True)
+    compiled = _generate(model, ids, static, COMPILED_ROUNDS + 3, compile_config=config)
+    begin = time.perf_counter()
+    tokens = compiled()
+    first = time.perf_counter() - begin
+    equal = (tokens == uncompiled())[:, prompt:].double().mean().item()
+    compared = compare({"ours": compiled, "uncompiled": uncompiled}, COMPILED_ROUNDS)
+    per_second = {key: NEW_TOKENS / s.median for key, s in compared.seconds.items()}
+    ratio = compared.ratio["uncompiled"]
+    print(
+        f"{name}: {per_second['ours']:.0f} tokens a second compiled, "
+        f"{per_second['uncompiled']:.0f} uncompiled, {ratio.median:.2f} ({ratio.low:.2f}–"
+        f"{ratio.high:.2f}) times as many; the first call took {first:.0f} s; "
+        f"{100 * equal:.0f} % of the tokens are equal",
+        flush=True,
+    )
+    return {**asdict(compared), "calls": NEW_TOKENS, "first_call": first, "equal_tokens": equal}
 
 
 def _by_length() -> dict[str, list[float]]:

@@ -74,8 +74,9 @@ def test_padding_does_not_change_what_is_dropped(
     torch.testing.assert_close(found[1, some], alone)
 
 
-@pytest.mark.parametrize("cache", ["fixed", "dynamic", "static"])
+@pytest.mark.parametrize("cache", ["fixed", "fixed static", "dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()  # One of fixed size has no gradients.
 def test_caches_do_not_change_what_is_dropped(
     padded: bool, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def test_caches_do_not_change_what_is_dropped(
     whole = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
     kept = {
         "fixed": lambda: FixedCache(model.config),
+        "fixed static": lambda: FixedCache(model.config, 30, static=True),
         "dynamic": lambda: None,
         "static": lambda: StaticCache(config=model.config, max_cache_len=32),
     }[cache]()

@@ -186,6 +186,7 @@ def test_a_padded_batch_equals_its_pack(side: str, backend: str, pattern: Patter
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("sizes", [[41], [1] * 41, [8] * 5 + [1], [17, 1, 1, 3, 19]], ids=str)
 @pytest.mark.parametrize(
     "patterns",
@@ -193,12 +194,12 @@ def test_a_padded_batch_equals_its_pack(side: str, backend: str, pattern: Patter
     ids=str,
 )
 def test_chunks_through_a_cache_drop_what_the_whole_drops(
-    patterns: Any, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    patterns: Any, sizes: list[int], static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query, key, value = _tensors(2, 41, 41, "eager")
     whole = attention_in_groups(query, key, value, patterns, dropout=_drop())
     monkeypatch.setattr(Dropout, "drawn", lambda self, device: self._replace(seed=_drop().seed))
-    cache, found, begin = KVCache(patterns), [], 0
+    cache, found, begin = KVCache(patterns, 41, static=static), [], 0
     for size in sizes:
         q, k, v = (t[:, :, begin : begin + size] for t in (query, key, value))
         found.append(cache.read(q, cache.append(k, v), dropout_p=0.4))
@@ -210,8 +211,9 @@ def test_chunks_through_a_cache_drop_what_the_whole_drops(
 @pytest.mark.parametrize(
     "patterns", [FixedPattern(4, 1, 2), StridedPattern(4), LocalPattern(5)], ids=str
 )
+@pytest.mark.parametrize("static", [False, True])
 def test_rows_of_different_lengths_in_a_cache(
-    patterns: Pattern, monkeypatch: pytest.MonkeyPatch
+    static: bool, patterns: Pattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows alone in chunks, and under one mask with single tokens."""
     lengths = torch.tensor([[23], [14], [30]])
@@ -221,7 +223,7 @@ def test_rows_of_different_lengths_in_a_cache(
         query, key, value, patterns, Packing.of_padded(mask), None, _drop()
     )
     monkeypatch.setattr(Dropout, "drawn", lambda self, device: self._replace(seed=_drop().seed))
-    cache, found, begin = KVCache(patterns), [], 0
+    cache, found, begin = KVCache(patterns, 30, static=static), [], 0
     for size in [9, 6, *[1] * 10, 5]:
         some = slice(begin, begin + size)
         entries = cache.append(key[:, :, some], value[:, :, some], mask[:, some])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import colonnade
+from colonnade.train import sample
 from colonnade.train.sample import continue_bytes, windows
 from tests.hf.models import random_model
 
@@ -47,3 +52,28 @@ def test_every_byte_is_the_likeliest_after_its_window(prompt: bytes) -> None:
     assert report.seen == read + new - 1
     assert report.kept <= report.seen
     assert report.num_bytes == 60 - len(list(windows(len(prompt), 60, 29)))
+
+
+@pytest.mark.slow
+@pytest.mark.plain
+def test_many_bytes_are_those_of_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph for all windows."""
+    model = random_model().float()
+    texts = []
+    for compile_from in (61, 60):
+        torch.compiler.reset()
+        monkeypatch.setattr(sample, "COMPILE_FROM", compile_from)
+        torch._dynamo.utils.counters.clear()
+        written: list[bytes] = []
+        report = continue_bytes(model, bytes(range(40)), 60, written.append, do_sample=False)
+        texts.append(b"".join(written))
+    assert texts[0] == texts[1]
+    assert report.num_bytes == 60 - len(list(windows(40, 60, 29)))
+    # The other one tries out whether a compiler works.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_help_says_from_when_on() -> None:
+    text = (Path(colonnade.__file__).parent / "cli" / "sampling.py").read_text()
+    assert re.search(rf"For {sample.COMPILE_FROM:,} bytes and more", text)

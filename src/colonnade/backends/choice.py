@@ -46,6 +46,9 @@ BACKENDS: dict[str, Backend] = {
 BY_NAME_ALONE = {"triton": triton.reason_by_name_alone}
 """Those that "auto" leaves out on some devices, with a function that says why, or None."""
 
+SKIP_UNMARKED = ("native",)
+"""Those that do not touch keys which a mask leaves out; the others multiply them by 0."""
+
 
 def run(
     query: Query, key: Key, value: Value, call: Call, backend: str

@@ -6,7 +6,8 @@ summaries before it are all that has to be kept, and the result is exact.
     key, value → append (evict, make room, write) → read (dense for one query, the plan for more)
 """
 
-from colonnade.cache.kv_cache import Entries, KVCache
+from colonnade.cache.entries import Entries
+from colonnade.cache.kv_cache import KVCache
 from colonnade.cache.store import GROWTH
 
 __all__ = ["GROWTH", "Entries", "KVCache"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -13,10 +14,18 @@ from colonnade.backends.tracing.memo import remembered
 from colonnade.backends.tracing.operation import contents
 from colonnade.cache.store import KeysAndValues, Store
 from colonnade.ops.check import check_padding
-from colonnade.ops.heads import Patterns, check_patterns, head_groups
+from colonnade.ops.heads import HeadGroup, Patterns, check_patterns, head_groups
 from colonnade.ops.kept import KeptHeads, Layout, expected_call
 from colonnade.plan.kept import Lengths
 from colonnade.shapes import Key, Query, Value
+
+
+@runtime_checkable
+class _HasBuffers(Protocol):
+    """A store, of whatever kind."""
+
+    heads: HeadGroup
+    buffers: KeysAndValues
 
 
 class Groups:
@@ -128,13 +137,9 @@ class Groups:
         # Another batch size is refused below.
         longest = max((n + c for n, c in zip(before, counts, strict=False)), default=0)
         if self.max_seq_len is not None and longest > self.max_seq_len:
-            raise ValueError(
-                "the cache has room for max_seq_len positions, got "
-                f"max_seq_len={self.max_seq_len}, {max(before)} of them taken, "
-                f"and {max(counts)} more."
-            )
+            raise ValueError(too_many(self.max_seq_len, max(before), max(counts)))
         if self.stores:
-            _check_as_before(self.stores, key, value)
+            check_as_before(self.stores, key, value)
         else:
             check_patterns(self.patterns, num_kv_heads)
         return counts, is_token
@@ -147,7 +152,15 @@ def _num_tokens(padding_mask: Bool[Tensor, "batch q_len"]) -> list[int]:
     return counts
 
 
-def _check_as_before(stores: Sequence[Store], key: Key, value: Value) -> None:
+def too_many(max_seq_len: int, taken: int, more: int) -> str:
+    """Return the error for more positions than a cache has room for."""
+    return (
+        f"the cache has room for max_seq_len positions, got max_seq_len={max_seq_len}, {taken} of "
+        f"them taken, and {more} more."
+    )
+
+
+def check_as_before(stores: Sequence[_HasBuffers], key: Key, value: Value) -> None:
     """Refuse new keys or values that do not go on from those that are kept."""
     for index, (name, tensor) in enumerate((("key", key), ("value", value))):
         buffer = stores[0].buffers[index]

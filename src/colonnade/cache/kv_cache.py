@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -10,26 +11,17 @@ from torch import Tensor
 
 from colonnade.backends.choice import Explanation, check_backend, explain_call
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
+from colonnade.cache.entries import Entries, check_index, pairs_of_groups
 from colonnade.cache.groups import Groups
-from colonnade.cache.store import KeysAndValues, pad
+from colonnade.cache.static import StaticStore
+from colonnade.cache.static_groups import StaticGroups, chunks_uncompiled
+from colonnade.cache.store import Store, pad
 from colonnade.ops.check import check_tensors, check_together, make_call
 from colonnade.ops.heads import Patterns, check_patterns, depends_on_head, join_heads
-from colonnade.ops.kept import Layout, attend_kept
-from colonnade.pattern import FullPattern, StridedPattern, check_count
+from colonnade.ops.kept import attend_kept
+from colonnade.pattern import FullPattern, StridedPattern, check_count, check_flag
 from colonnade.plan.kept import evicted, num_kept
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
-
-
-class Entries(KeysAndValues):
-    """The entries that the queries of appended positions may read; unpacks as (keys, values).
-
-    [batch, kv_heads, kept, …] each: the summaries of closed blocks, then every position from the
-    first block on that is still open for one of these queries. A shorter batch row, or head group,
-    is followed by zeros. They may be views of the cache, good until it is used next.
-    """
-
-    layout: Layout | None = None
-    """The way in which `KVCache.read` reads them; None: as those that were appended last."""
 
 
 class KVCache:
@@ -51,16 +43,26 @@ class KVCache:
         max_seq_len: Allocate for that many positions at once, and refuse more. None: grow.
         backend: "auto", or the backend that has to run. One that does not take an attention which
             is needed raises, and the cache stays as it was.
+        static: Keep everything in buffers whose size and place never change, so that
+            torch.compile(fullgraph=True) takes a step of one position whole, without compiling it
+            again, and CUDA graphs can replay it. It needs `max_seq_len`; batch size and type are
+            those of the first positions, which come uncompiled; and there are no gradients.
 
     Raises:
-        TypeError: `pattern` is neither a pattern nor a tuple of them, `max_seq_len` no int, or
-            `backend` no str.
-        ValueError: `max_seq_len` is below 1, the tuple is empty, or no backend has that name.
+        TypeError: `pattern` is neither a pattern nor a tuple of them, `max_seq_len` no int,
+            `backend` no str, or `static` no bool.
+        ValueError: `max_seq_len` is below 1, or None with `static`; the tuple is empty; or no
+            backend has that name.
         NotImplementedError: A pattern that is not causal.
     """
 
     def __init__(
-        self, pattern: Patterns, max_seq_len: int | None = None, backend: str = "auto"
+        self,
+        pattern: Patterns,
+        max_seq_len: int | None = None,
+        backend: str = "auto",
+        *,
+        static: bool = False,
     ) -> None:
         self.pattern = pattern
         self._patterns = pattern if isinstance(pattern, tuple) else (pattern,)
@@ -71,10 +73,20 @@ class KVCache:
                 raise NotImplementedError(f"KVCache holds causal patterns only, got {each}.")
         if max_seq_len is not None:
             check_count("max_seq_len", max_seq_len, minimum=1)
+        check_flag("static", static)
+        if static and max_seq_len is None:
+            raise ValueError("static=True needs max_seq_len, got max_seq_len=None.")
+        self.static = static
         self.max_seq_len = max_seq_len
         self.backend = backend
         self.evicting = True
-        self.reset()
+        self._groups = self._empty()
+
+    def _empty(self) -> Groups | StaticGroups:
+        if self.static:
+            assert self.max_seq_len is not None, "checked"
+            return StaticGroups(self.pattern, self.max_seq_len)
+        return Groups(self.pattern, self.max_seq_len)
 
     def __repr__(self) -> str:
         whole = any(isinstance(each, StridedPattern | FullPattern) for each in self._patterns)
@@ -85,6 +97,12 @@ class KVCache:
     def seq_lens(self) -> list[int]:
         """Number of positions that were appended to each batch row; empty before the first."""
         return self._groups.seq_lens
+
+    @property
+    def lengths(self) -> Tensor:
+        """[batch]: `seq_lens` as the tensor in which a cache with static=True counts."""
+        assert isinstance(self._groups, StaticGroups), "others count with numbers"
+        return self._groups.stores[0].seq_len
 
     @property
     def seq_len(self) -> int:
@@ -107,8 +125,14 @@ class KVCache:
         return sum(t.nbytes for store in self._groups.stores for t in store.buffers)
 
     def reset(self) -> None:
-        """Forget everything, the sizes of a batch too; memory is given back."""
-        self._groups = Groups(self.pattern, self.max_seq_len)
+        """Forget everything, the sizes of a batch too; memory is given back.
+
+        With static=True the buffers stay where they are, and sizes with them.
+        """
+        if isinstance(self._groups, StaticGroups):
+            self._groups.clear()
+        else:
+            self._groups = self._empty()
 
     @overload
     def attend(
@@ -132,6 +156,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
     ) -> tuple[Output, LogSumExp]: ...
+    @chunks_uncompiled
     def attend(
         self,
         query: Query,
@@ -178,6 +203,7 @@ class KVCache:
         assert lse is not None
         return out, lse
 
+    @chunks_uncompiled
     def append(
         self, key: Key, value: Value, padding_mask: Bool[Tensor, "batch q_len"] | None = None
     ) -> Entries:
@@ -201,7 +227,8 @@ class KVCache:
                 join_heads([pad(t, width) for t in ts]) for ts in zip(*pairs, strict=True)
             )
         entries = Entries(keys, values)
-        entries.layout = layout
+        if layout.groups[0].reads is None:  # Else it follows from what the cache holds.
+            entries.layout = layout
         return entries
 
     @overload
@@ -226,6 +253,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
     ) -> tuple[Output, LogSumExp]: ...
+    @chunks_uncompiled
     def read(
         self,
         query: Query,
@@ -251,7 +279,7 @@ class KVCache:
                 those of the appended positions, or `values` come with all that `append` returned.
             NotImplementedError: The backend that the cache was given does not take this.
         """
-        layout = self._groups.layout
+        layout, is_given = self._groups.layout, isinstance(keys, Entries)
         if isinstance(keys, Entries):
             if values is not None:
                 raise ValueError(
@@ -263,25 +291,10 @@ class KVCache:
             raise ValueError("read needs what append returned, and nothing was appended.")
         query, k, v = cast_as_autocast_would(query, keys, values)
         check_together(query, k, v, "[batch, heads, seq, head_dim]")
-        if query.shape[2] != layout.q_len:
-            raise ValueError(
-                f"query must be those of the {layout.q_len} positions that were appended, got "
-                f"query.shape={tuple(query.shape)}."
-            )
-        kv_heads, entries = layout.groups[-1].heads.stop, max(g.width for g in layout.groups)
-        if not depends_on_head(self.pattern):  # Then they may be repeated, for example.
-            kv_heads = k.shape[1]
-        if k.shape[1:3] != (kv_heads, entries):
-            raise ValueError(
-                "keys and values must be those that append returned, [batch, kv_heads, entries] = "
-                f"{(k.shape[0], kv_heads, entries)}, got {tuple(k.shape[:3])}."
-            )
-        pairs = [KeysAndValues(k, v)]
-        if len(layout.groups) > 1:
-            pairs = [
-                KeysAndValues(*(t[:, heads.first : heads.stop, :width] for t in (k, v)))
-                for heads, _, width in layout.groups
-            ]
+        # Heads that read alike may be repeated, for example.
+        pairs = pairs_of_groups(query, k, v, layout, depends_on_head(self.pattern))
+        if is_given and layout.groups[0].reads is not None:
+            pairs = [store.buffers for store in self._groups.stores]
         call = make_call(query, self._patterns[0], scale, dropout_p, return_lse)
         out, lse = attend_kept(query, pairs, layout, call, self.backend)
         if not return_lse:
@@ -340,8 +353,9 @@ class KVCache:
                 f"seq_len must have a number for each of {len(self.seq_lens)} rows, "
                 f"got seq_len={seq_len}."
             )
-        shorter = [store.shorter(wanted) for store in self._groups.stores]
-        for store, rows in zip(self._groups.stores, shorter, strict=True):
+        stores: Sequence[Store | StaticStore] = self._groups.stores
+        shorter = [store.shorter(wanted) for store in stores]
+        for store, rows in zip(stores, shorter, strict=True):
             store.crop(rows)
 
     def evict(self) -> None:
@@ -360,7 +374,7 @@ class KVCache:
             TypeError: `index` is no tensor of integers.
             ValueError: Not one index for each row, or an index without a row.
         """
-        if self._check_index(index) != len(self.seq_lens):
+        if check_index(index, len(self.seq_lens)) != len(self.seq_lens):
             raise ValueError(
                 f"index must have one entry for each of {len(self.seq_lens)} rows, "
                 f"got index.shape={tuple(index.shape)}."
@@ -374,7 +388,7 @@ class KVCache:
             TypeError: `index` is no tensor of integers.
             ValueError: An index without a row.
         """
-        self._check_index(index)
+        check_index(index, len(self.seq_lens))
         rows = index.tolist()
         for store in self._groups.stores:
             store.select(index, rows)
@@ -383,12 +397,3 @@ class KVCache:
         """Repeat each batch row n times, one after the other, as `repeat_interleave` does."""
         check_count("n", n, minimum=1)
         self.select(torch.arange(len(self.seq_lens), device="cpu").repeat_interleave(n))
-
-    def _check_index(self, index: Tensor) -> int:
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
-            found = getattr(index, "dtype", type(index).__name__)
-            raise TypeError(f"index must be a tensor of int32 or int64, got {found}.")
-        rows = len(self.seq_lens)
-        if index.dim() != 1 or not all(0 <= row < rows for row in index.tolist()):
-            raise ValueError(f"index must be a row of numbers in [0, {rows}), got index={index}.")
-        return len(index)

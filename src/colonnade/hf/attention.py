@@ -14,7 +14,7 @@ from colonnade.backends.choice import run
 from colonnade.backends.dropout import Dropout
 from colonnade.backends.tracing.autocast import cast_as_autocast_would
 from colonnade.hf.batch import refuse_unknown
-from colonnade.hf.cache import in_type_of
+from colonnade.hf.layer import in_type_of
 from colonnade.hf.mask import PatternMask, check_mask
 from colonnade.hf.settings import NAME, of_layer, patterns_of
 from colonnade.ops.check import as_dropout, make_call

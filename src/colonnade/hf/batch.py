@@ -61,6 +61,7 @@ class ModelCall:
         before: The innermost call that ran when this one began.
         frame: The frame that runs it; None if a compiler traces it.
         batch: What it says of its tokens; None: nobody reads it, they come under other names.
+        cache: The cache that it is given.
     """
 
     model: PreTrainedModel
@@ -69,6 +70,7 @@ class ModelCall:
     before: ModelCall | None
     frame: FrameType | None
     batch: Batch | None = None
+    cache: Cache | None = None
 
 
 # A subclass with a default would be shorter, but compilers read the default even after a change.

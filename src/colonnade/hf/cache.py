@@ -14,23 +14,16 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from colonnade.cache import Entries, KVCache
+from colonnade.backends.tracing.uncompiled import caller_without_compiler
+from colonnade.cache import Entries
+from colonnade.hf.layer import FixedLayer
 from colonnade.hf.settings import NAME, patterns_of
-from colonnade.ops.heads import Patterns, depends_on_head
-from colonnade.shapes import Key, Output, Query, Value
-
-
-def in_type_of(value: Tensor, tensor: Tensor) -> Tensor:
-    """Return queries or keys that a norm in float32 has lifted, in the half precision of `value`.
-
-    Models with norms of queries and keys do that once their norms are kept in float32, as under
-    k-bit tuning; flash attention in transformers takes them in the type of the model too.
-    """
-    lifted = tensor.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
-    return tensor.to(value.dtype) if lifted else tensor
+from colonnade.pattern import check_flag
+from colonnade.shapes import Key, Value
 
 
 class CacheOffset(int):
@@ -60,114 +53,17 @@ class Announcement:
     padding: Tensor | None = None
 
 
-class FixedLayer(CacheLayerMixin):
-    """A `KVCache` as transformers' cache of one layer.
-
-    Attributes:
-        kv: The cache behind it.
-        seen: Number of positions so far; as transformers counts, padding is included.
-        given: What the last update returned; None if none came since positions were announced.
-    """
-
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, pattern: Patterns, max_seq_len: int | None = None) -> None:
-        super().__init__()
-        self.kv = KVCache(pattern, max_seq_len)
-        self.seen = 0
-        self.given: Entries | None = None
-
-    def __repr__(self) -> str:
-        return repr(self.kv)
-
-    @property
-    def record_past(self) -> bool:
-        """Whether every new position stays until it is cropped."""
-        return not self.kv.evicting
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:
-        self.kv.evicting = not value
-
-    def activate_past_recording(self) -> None:
-        """Keep every new position until it is cropped, for assisted decoding."""
-        self.record_past = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the first update brings the sizes."""
-
-    def update(
-        self,
-        key_states: Key,
-        value_states: Value,
-        is_token: Bool[Tensor, "batch length"] | None = None,
-    ) -> Entries:
-        """Append positions, and return the entries that their queries may read."""
-        entries = self.kv.append(in_type_of(value_states, key_states), value_states, is_token)
-        self.seen += key_states.shape[2]
-        self.is_initialized = True
-        self.given = entries
-        return entries
-
-    def read(
-        self, query: Query, key: Key, value: Value, scale: float | None, dropout: float
-    ) -> Output:
-        """Attend to what the last update returned, or to what the model made of each entry of it.
-
-        Raises:
-            ValueError: There was no update, or entries were added to it.
-            NotImplementedError: The model made other heads of it, whose numbers matter.
-        """
-        given = self.given
-        if given is None or key.shape[2] != given[0].shape[2]:
-            found = "none" if given is None else f"{given[0].shape[2]} of {key.shape[2]}"
-            raise ValueError(
-                "keys and values must come from the FixedCache that was given to the model, got "
-                f"{found} from it. Gradient checkpointing drops the cache of a model in training, "
-                "and some models let layers share their keys: use another cache, or none."
-            )
-        if depends_on_head(self.kv.pattern) and not (key is given[0] and value is given[1]):
-            raise NotImplementedError(
-                "a FixedCache must keep the heads that attend where their numbers matter (several "
-                f"sub-blocks or patterns), got {self.kv.pattern} and a model that makes "
-                f"{key.shape[1]} heads of the {given[0].shape[1]} in its cache. Use a "
-                "DynamicCache, or subblocks=1."
-            )
-        return self.kv.read(query, key, value, scale, dropout)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (positions with the next ones, 0), as if everything were kept."""
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return the number of positions so far, padding included."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """Return the `max_seq_len` asked for, or -1."""
-        return -1 if self.kv.max_seq_len is None else self.kv.max_seq_len
-
-    def offload(self) -> None:
-        """Refuse: there is no offloading.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError("a FixedCache is not offloaded: it is small. Use it as it is.")
-
-    prefetch = offload
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.kv.reset()
-        self.seen = 0
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row b what row beam_idx[b] was."""
-        if self.seen:
-            self.kv.reorder(beam_idx)
+_COMPILED = -1
+"""Stands for the number of positions before a compiled step, which nobody may look at."""
+_MASK_IS_MISSING = (
+    "the cache holds padded rows, so attention_mask must go on saying where the padding is, got "
+    "attention_mask=None."
+)
+_COMPILED_PADDING = (
+    "attention_mask must cover every position so far and the new one, say of earlier positions "
+    "what it said when they came, and be 1 at the new one: a compiled step brings each row a "
+    "token. Call the model uncompiled where a row has none."
+)
 
 
 class FixedCache(Cache):
@@ -181,20 +77,31 @@ class FixedCache(Cache):
     Args:
         config: Configuration of the model, which names the pattern of each layer.
         max_seq_len: Allocate for that many positions at once, and refuse more. None: grow.
+        static: Keep everything in buffers whose size and place never change, so that a compiler
+            takes a step of one token whole, without compiling it again; `generate` compiles it by
+            itself where it does so for static caches. It needs `max_seq_len`, which counts tokens
+            and not padding; batch size and type are those of the prompt.
 
     Raises:
-        ValueError: The configuration has no `colonnade_stride` and `colonnade_summary`.
+        TypeError: `max_seq_len` is no int, or `static` no bool.
+        ValueError: The configuration has no `colonnade_stride` and `colonnade_summary`, or `static`
+            comes without `max_seq_len`.
     """
 
     layers: list[FixedLayer]  # type: ignore[assignment]  # Of the kinds that transformers names.
 
-    def __init__(self, config: PreTrainedConfig, max_seq_len: int | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, max_seq_len: int | None = None, *, static: bool = False
+    ) -> None:
+        check_flag("static", static)
         config = config.get_text_config(decoder=True)
         layers: list[Any] = [
-            FixedLayer(patterns_of(config, index), max_seq_len)
+            FixedLayer(patterns_of(config, index), max_seq_len, static)
             for index in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers)
+        self.static = static
+        self._uncompiled = caller_without_compiler() if static else None
         self._announced: Announcement | None = None
         self._padding: Tensor | None = None
         # Where the document of each row begins, if not at 0.
@@ -221,18 +128,24 @@ class FixedCache(Cache):
         return len(self.layers[0].kv.seq_lens) or -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return (positions with the next ones, 0); the 0 carries the cache along."""
+        """Return those of a layer; the offset 0 carries the cache along.
+
+        A compiler makes no such number; there the mask function finds the cache in the call.
+        """
+        length, _ = self.layers[layer_idx].get_mask_sizes(query_length)
+        if self.static and torch.compiler.is_compiling():
+            return length, 0
         offset = CacheOffset(0)
         offset.cache = self
-        return self.layers[layer_idx].seen + query_length, offset
+        return length, offset
 
     def announce(
         self,
         length: int,
         attention_mask: Tensor | None,
         restarts: Bool[Tensor, " batch"] | None = None,
-    ) -> None:
-        """Say which positions are appended next.
+    ) -> Bool[Tensor, "batch length"] | None:
+        """Say which positions are appended next; return which of them are tokens, or None: all are.
 
         Args:
             length: How many, padding included.
@@ -243,18 +156,19 @@ class FixedCache(Cache):
         Raises:
             ValueError: The mask is not that of all positions, or contradicts an earlier one.
         """
+        if self.static and torch.compiler.is_compiling():
+            return self._announce_compiled(length, attention_mask, restarts)
         seen = self.get_seq_length()
         if attention_mask is None and self._padding is not None:
-            raise ValueError(
-                "the cache holds padded rows, so attention_mask must go on saying where the "
-                "padding is, got attention_mask=None."
-            )
+            raise ValueError(_MASK_IS_MISSING)
         is_token = None
         if attention_mask is not None:
             self.check_padding(attention_mask, seen, length)
             is_token = attention_mask[:, seen:]
-            if self._padding is None and is_token.all():
-                attention_mask = is_token = None
+            if (self._padding is None or self.static) and is_token.all():
+                is_token = None
+                if self._padding is None:
+                    attention_mask = None
         begun = self._begun
         if restarts is not None:
             restarts = restarts.cpu()
@@ -265,6 +179,55 @@ class FixedCache(Cache):
         self._announced = Announcement(seen, length, is_token, rows, begun, attention_mask)
         for layer in self.layers:
             layer.given = None
+        return is_token
+
+    def _announce_compiled(
+        self,
+        length: int,
+        attention_mask: Tensor | None,
+        restarts: Bool[Tensor, " batch"] | None,
+    ) -> Bool[Tensor, "batch length"] | None:
+        """Say which position comes next in a step whose numbers nobody may look at.
+
+        Every batch row then has a token, and goes on with what it holds.
+        """
+        if self._takes_chunk(length):
+            assert self._uncompiled is not None, "only a static cache is asked"
+            new: Tensor | None = self._uncompiled(self.announce, length, attention_mask, restarts)
+            return new
+        if attention_mask is None and self._padding is not None:
+            raise ValueError(_MASK_IS_MISSING)
+        if attention_mask is not None:
+            whole = self.tokens_so_far(attention_mask.shape[1])
+            if whole is None:
+                whole = torch.ones_like(attention_mask, dtype=torch.bool)
+            torch._assert_async((attention_mask == whole).all(), _COMPILED_PADDING)
+            covers = self.layers[0].get_seq_length() + length == attention_mask.shape[1]
+            torch._assert_async(torch.as_tensor(covers), _COMPILED_PADDING)
+        self.announce_checked(length, None)
+        return None
+
+    def announce_checked(self, length: int, is_token: Tensor | None) -> None:
+        """Say which position comes next in a compiled step, of a mask that was looked at before.
+
+        Args:
+            length: How many positions.
+            is_token: [batch, length], False at padding; None: there is none.
+        """
+        if is_token is not None:
+            torch._assert_async(is_token.all(), _COMPILED_PADDING)
+        self._announced = Announcement(_COMPILED, length, None)
+
+    def _takes_chunk(self, length: int) -> bool:
+        """Whether new positions are more than a step: one position behind others."""
+        return length != 1 or not self.layers[0].is_initialized
+
+    def tokens_so_far(self, seen: int) -> Tensor | None:
+        """Return which of the first `seen` positions are tokens; None: all are."""
+        if self._padding is None:
+            return None
+        # Compiled steps bring nothing but tokens, and do not write it down.
+        return F.pad(self._padding, (0, seen - self._padding.shape[1]), value=True)
 
     def check_padding(self, attention_mask: Tensor, seen: int, length: int) -> None:
         """Refuse a mask that is not that of all positions, or contradicts an earlier one.
@@ -279,7 +242,8 @@ class FixedCache(Cache):
                 f"cache and {length} new ones."
             )
         said = attention_mask[:, :seen].bool().cpu()
-        differs = ~said if self._padding is None else said != self._padding[:, :seen].cpu()
+        known = self.tokens_so_far(seen)
+        differs = ~said if known is None else said != known.cpu()
         if self._begun is not None:  # What a document left behind may be said in any way.
             differs = differs & (torch.arange(seen, device="cpu") >= self._begun[:, None])
         if seen and differs.any():
@@ -306,17 +270,23 @@ class FixedCache(Cache):
             ValueError: They were not announced by our mask function: another attention is at work.
         """
         layer, announced = self.layers[layer_idx], self._announced
-        if (
-            announced is None
-            or layer.seen != announced.seen
-            or key_states.shape[2] != announced.length
-        ):
+        is_step = torch.compiler.is_compiling() and self.static
+        if is_step and self._takes_chunk(key_states.shape[2]):
+            assert self._uncompiled is not None, "it is static"
+            entries: Entries = self._uncompiled(self.update, key_states, value_states, layer_idx)
+            return entries
+        seen = _COMPILED if is_step else layer.seen
+        if announced is None or seen != announced.seen or key_states.shape[2] != announced.length:
             raise ValueError(
                 f"a FixedCache works with attn_implementation={NAME!r} and a 2-D attention_mask, "
                 "or none, only: any other attention would take what it keeps for everything. "
                 "Use another cache, such as a DynamicCache, or call "
                 f"model.set_attn_implementation({NAME!r})."
             )
+        if is_step:
+            if layer_idx == len(self.layers) - 1:
+                self._announced = None
+            return layer.update(key_states, value_states)
         if announced.restarts is not None:
             left = zip(layer.kv.seq_lens, announced.restarts, strict=True)
             layer.kv.crop([0 if again else length for length, again in left])
@@ -352,13 +322,12 @@ class FixedCache(Cache):
         for layer in self.layers:
             if layer.seen <= seen:
                 continue
-            padding = self._padding
+            padding = self.tokens_so_far(seen)
             if padding is None:
                 padding = torch.ones(len(layer.kv.seq_lens), seen, device="cpu")
             layer.kv.crop(self._tokens(padding, seen).tolist())
             layer.seen = seen
-        if self._padding is not None:
-            self._padding = self._padding[:, :seen]
+        self._padding = self.tokens_so_far(seen)
         for layer in self.layers:
             layer.kv.evict()
 

@@ -30,6 +30,8 @@ def behind_cache(
         comes = new.any(1)
     if torch.compiler.is_compiling():  # It cannot tell one from the other.
         before = seen if padding is None else padding[:, :so_far].sum(1)
+        if isinstance(cache, FixedCache) and cache.static:
+            before = cache.layers[0].kv.lengths
         goes_on = first >= (1 if of_images else before)
         goes_on = goes_on if comes is None else goes_on | ~comes
         require(goes_on.all(), _GOES_ON, lambda: "other positions")

@@ -35,6 +35,7 @@ class PatternMask:
         cache: The cache that keeps what the queries read, if it does not keep everything.
         filled: Number of positions that the keys hold, if their length does not say so.
         given: [batch, positions], the mask of tokens that it was made of, if there was one.
+        new: [batch, new positions], the end of that one, if there is padding in it.
         shape: (batch, 1, queries, keys), as of the mask that it stands for.
         is_known: Whether this is the mask of a pattern. If not, no layer may read it.
         is_of_call: Whether it was seen what the model was called with.
@@ -45,6 +46,7 @@ class PatternMask:
     cache: FixedCache | None = None
     filled: int | Tensor | None = None
     given: Tensor | None = None
+    new: Tensor | None = None
     shape: tuple[int, int, int, int] = (0, 1, 0, 0)
     is_known: bool = True
     is_of_call: bool = False
@@ -80,20 +82,28 @@ def mask_function(
     call = running_call()
     is_read = call is not None and call.batch is not None
     batch = call.batch if call is not None and call.batch is not None else Batch()
+    compiling = torch.compiler.is_compiling()
     if isinstance(attention_mask, PatternMask):  # Made ahead, when nothing was known of the call.
         if not attention_mask.is_known:
             return attention_mask
+        cache = attention_mask.cache
+        if compiling and cache is not None and q_length == 1:
+            # It was looked at then. All of it would be a tensor that grows with every token.
+            cache.announce_checked(q_length, attention_mask.new)
+            shape = batch_size, 1, q_length, kv_length
+            return PatternMask(cache=cache, shape=shape, is_of_call=call is not None)
         attention_mask = attention_mask.given
-    compiling = torch.compiler.is_compiling()
     if compiling:
         _require_known(mask_function, batch_size, q_length, device)
     elif _is_unknown(mask_function, is_read):  # It may be one that no layer reads.
         return PatternMask(is_known=False)
     shape = batch_size, 1, q_length, kv_length
     make = partial(PatternMask, given=attention_mask, shape=shape, is_of_call=call is not None)
-    if isinstance(kv_offset, CacheOffset):
-        kv_offset.cache.announce(q_length, attention_mask, batch.restarts)
-        return make(cache=kv_offset.cache)
+    cache = kv_offset.cache if isinstance(kv_offset, CacheOffset) else None
+    if compiling and call is not None and isinstance(call.cache, FixedCache) and call.cache.static:
+        cache = call.cache
+    if cache is not None:
+        return make(cache=cache, new=cache.announce(q_length, attention_mask, batch.restarts))
     if batch.hidden:
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)

@@ -245,12 +245,13 @@ def _without_padding(input_ids: Tensor, attention_mask: Tensor | None, vocab_siz
     return input_ids.masked_fill(is_padding & ~has_embedding, 0)
 
 
-def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
+def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, seen: int | Tensor) -> Tensor:
     """Count positions from each row's first token; padding gets 0, or its left neighbour's."""
     length = inputs_embeds.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return torch.arange(seen, seen + length, device=inputs_embeds.device)[None]
+    # A compiled static cache counts with a tensor.
+    return (seen + torch.arange(length, device=inputs_embeds.device))[None]
 
 
 class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationMixin):

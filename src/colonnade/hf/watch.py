@@ -83,6 +83,7 @@ class _Before:
                 f"past_key_values must be a Cache of transformers or a FixedCache, got a "
                 f"{type(cache).__name__}."
             )
+        running.cache = cache
         if call.get("output_attentions", getattr(module.config, "output_attentions", False)):
             raise NotImplementedError(
                 f"attn_implementation={NAME!r} never forms the weights that output_attentions=True "
@@ -208,7 +209,8 @@ def _padding(arguments: Mapping[str, Any]) -> Tensor | None:
             )
         mask = next(iter(mask.values()), None)
     if isinstance(mask, PatternMask):  # Made ahead, of the caller's own.
-        mask = mask.given
+        is_step = mask.cache is not None and mask.shape[2] == 1
+        mask = mask.new if is_step and torch.compiler.is_compiling() else mask.given
     if mask is None or getattr(mask, "ndim", 0) == 4:  # Ours refuses what has four dimensions.
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:

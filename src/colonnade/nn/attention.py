@@ -202,9 +202,9 @@ class SelfAttention(nn.Module):
             empty(kv_heads, self.v_head_dim),
         )
 
-    def new_cache(self, max_seq_len: int | None = None) -> KVCache:
+    def new_cache(self, max_seq_len: int | None = None, *, static: bool = False) -> KVCache:
         """Return an empty cache for this layer; see `KVCache`."""
-        return KVCache(self.pattern, max_seq_len, self.backend)
+        return KVCache(self.pattern, max_seq_len, self.backend, static=static)
 
     def _check_cache(self, cache: KVCache, cu_seqlens: CuSeqlens | None, dropout: float) -> None:
         if not isinstance(cache, KVCache):

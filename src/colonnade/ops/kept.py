@@ -6,7 +6,7 @@ keys that are `Seen`. Chunks of queries go through the plan, over keys that are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from colonnade.backends.call import Call, Kept, Seen
-from colonnade.backends.choice import run
+from colonnade.backends.choice import SKIP_UNMARKED, choose, run
 from colonnade.backends.tracing.device import on_device
 from colonnade.ops.heads import HeadGroup, join_heads
 from colonnade.pattern import Pattern
 from colonnade.plan.kept import RowGroup, kept_positions, last_reads
-from colonnade.shapes import Key, LogSumExp, Output, Positions, Query, SeenMask, Value
+from colonnade.shapes import KeptMask, Key, LogSumExp, Output, Positions, Query, SeenMask, Value
 
 
 class KeptHeads(NamedTuple):
@@ -29,6 +29,10 @@ class KeptHeads(NamedTuple):
     rows: list[RowGroup]
     """The queries are the new positions of these batch rows."""
     width: int
+    reads: KeptMask | None = None
+    """Marks what one new position of each batch row reads, in a cache of fixed size."""
+    places: Callable[[], tuple[Positions, Positions]] | None = None
+    """Gives the positions of the new ones there, and of all entries."""
 
 
 class Layout(NamedTuple):
@@ -87,6 +91,17 @@ def _attend_heads(
     backend: str,
 ) -> tuple[Output, LogSumExp | None]:
     q_len, rows = query.shape[2], kept.rows
+    if kept.reads is not None:
+        mask = kept.reads[:, :, None]
+        keys = Seen(mask)
+        if call.dropout.p > 0:
+            assert kept.places is not None
+            keys = Seen(mask, *kept.places())
+        call = call._replace(pattern=kept.heads.pattern, keys=keys)
+        if choose(query, key, value, call, backend) not in SKIP_UNMARKED:
+            # Whatever earlier positions left there: NaN would come through a mask.
+            key, value = (t.masked_fill(~mask.mT, 0) for t in (key, value))
+        return run(query, key, value, call, backend)
     if len(rows) == 1 and is_token is None:
         call, span = kept_call(call, kept.heads.pattern, rows[0], q_len, key.shape[1])
         if span is not None and span.stop - span.start < key.shape[2]:
