@@ -51,7 +51,7 @@ def test_its_operations_keep_the_compilers_rules(dtype: torch.dtype) -> None:
     """Schema, fake, autograd and a compiled program, as torch.library checks them."""
     inputs = CASE.inputs(dtype)
     leaves = [t.requires_grad_() for t in inputs[:3]]
-    options = (4, 1, 1, "merged", True, 0, None, 0.4)
+    options = (4, 1, 1, "merged", True, 0, None, 0.4, *Dropout())
     operations = torch.ops.colonnade
     checks: list[str] = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if dtype == torch.float32:

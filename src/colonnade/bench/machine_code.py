@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,12 +34,15 @@ from colonnade.backends.triton.configurations import (
     configuration,
     power_of_two,
 )
+from colonnade.backends.triton.dropout import Dropped
 from colonnade.backends.triton.forward import attend_pieces
 from colonnade.backends.triton.tiles import Array, Shape
 
 SPILLED = 64
 """The most bytes that a thread may keep in memory for want of registers."""
 WIDTHS = (32, 64, 80, 96, 128, 192, 256)
+Dropout = Literal["quads", "each"]
+"""How words are computed: once for four keys, or for each."""
 DTYPES: dict[str, Precision] = {
     "bf16": "half",
     "fp16": "half",
@@ -144,6 +147,7 @@ class Case(NamedTuple):
     target: str
     dtype: str
     width: int
+    dropout: Dropout | None = None
 
     def configuration(self) -> Configuration | None:
         """Return its configuration by the table."""
@@ -223,7 +227,16 @@ def _source(case: Case, config: Configuration) -> ASTSource:
     wide = power_of_two(case.width)
     precision = "tf32" if DTYPES[case.dtype] == "tf32" else "ieee"
     shape = Shape(
-        1, case.width, case.width, wide, wide, config.queries, config.keys, precision, False
+        1,
+        case.width,
+        case.width,
+        wide,
+        wide,
+        config.queries,
+        config.keys,
+        precision,
+        lift=False,
+        quads=case.dropout == "quads",
     )
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -236,7 +249,17 @@ def _source(case: Case, config: Configuration) -> ASTSource:
                 constants[index, 1, last] = 1
                 attributes |= {(index, 1, axis): _ALIGNED for axis in range(last)}
                 attributes[index, 0] = _ALIGNED
-        if name in _LISTS:
+        if name == "dropped" and case.dropout is not None:
+            places = Array("*i32", ("i32", "i32", "constexpr"))
+            of_query = Array("*i32", ("constexpr",))
+            signature[name] = Dropped("*i64", of_query, of_query, places, places, "i32", "fp32", *["i32"]*4)
+            for at in (1,2):
+                constants[index, at, 1, 0] = 1
+            for at in (3,4):
+                constants[index, at, 1, 2] = 1
+        elif name == "dropped":
+            signature[name], constants[(index,)] = "constexpr", None
+        elif name in _LISTS:
             signature[name], attributes[(index,)] = "*i32", _ALIGNED
         elif name == "S":
             signature[name], constants[(index,)] = "constexpr", shape

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from colonnade.backends.dropout import Dropout
 from colonnade.backends.tracing.device import is_capturing, kept_on_device
 from colonnade.backends.triton import tuning, work
 from colonnade.backends.triton.backward import (
@@ -31,8 +32,10 @@ from colonnade.backends.triton.configurations import (
     precision_of,
     reason_no_tile_fits,
 )
+from colonnade.backends.triton.dropout import Dropped
 from colonnade.backends.triton.forward import attend_pieces
 from colonnade.backends.triton.tiles import Array, Shape
+from colonnade.plan.places import Places
 from colonnade.plan.table import Plan
 
 Result = TypeVar("Result")
@@ -43,10 +46,15 @@ LOG2_E = 1.4426950408889634
 
 
 class Group(NamedTuple):
-    """Key heads that share a plan."""
+    """Key heads that share a plan, and which of their weights are dropped."""
 
     heads: range
     plan: Plan
+    dropout: Dropout = Dropout()
+    places: Places | None = None
+    """Needed if weights are dropped."""
+    quads: bool = False
+    """Whether the keys of every tile lie in quads; of no meaning without dropout."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a view of these heads of [batch, key heads, …]."""
@@ -64,6 +72,7 @@ class _Run:
         query: [batch, heads, query heads of each, q_len, qk_dim].
         own: Keys and values [batch, heads, positions, …] that own keys count: all, or the slots.
         slots: Keys and values of the slots, gathered.
+        dropped: Which weights are dropped, as kernels take it; None if none are.
     """
 
     def __init__(
@@ -79,8 +88,30 @@ class _Run:
         ]
         self.own = self.slots if group.plan.own_from_slots else [keys, values]
         self.shift = self.listed(work.shift)
+        self.quads, self.dropped = group.quads, self._dropped(group)
 
-    def listed(self, make: Callable[..., Any], *sizes: int) -> Any:
+    def _dropped(self, group: Group) -> Dropped | None:
+        dropout = group.dropout
+        if dropout.p == 0:
+            return None
+        placed = self.listed(work.placed, group.places)
+        own, slot = (t.expand(self.batch, self.heads, -1) for t in (placed.own, placed.slot))
+        threshold, factor = dropout.threshold, dropout.factor
+        if threshold == 2**32:  # Nothing is kept; an int32 has no room for that.
+            threshold, factor = 0, 0.0
+        return Dropped(
+            dropout.seed,
+            *_arrays(placed.document, placed.query, own, slot),
+            # As a signed number: Triton chooses the type of a number by its size.
+            threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
+            factor=factor,
+            first_row=dropout.first_row,
+            first_head=dropout.first_head + group.heads.start * self.members,
+            heads_apart=group.heads.step * self.members,
+            first_position=dropout.first_position,
+        )
+
+    def listed(self, make: Callable[..., Any], *sizes: Any) -> Any:
         """Return what a function makes of the plan, on the device; it is kept for the next call."""
         return kept_on_device(self.device, make, self.plan, *sizes)
 
@@ -134,6 +165,7 @@ class _Run:
             config.keys,
             precision="tf32" if precision_of(self.query.dtype, self.device) == "tf32" else "ieee",
             lift=INTERPRETED and self.query.dtype == torch.bfloat16,
+            quads=self.quads,
         )
         programs *= self.batch * self.heads
         if programs == 0:
@@ -182,6 +214,7 @@ def _forward(run: _Run, results: list[Tensor], scale: float, config: Configurati
         len(pieces),
         run.heads,
         scale * LOG2_E,
+        run.dropped,
     )
 
 
@@ -230,6 +263,7 @@ def _grad_query(
         len(pieces),
         run.heads,
         scale,
+        run.dropped,
     )
     return delta
 
@@ -269,6 +303,7 @@ def _grad_slots(
         len(found.tiles),
         run.heads,
         scale,
+        run.dropped,
     )
     return _Sums(sums, found.shares)
 
@@ -308,5 +343,6 @@ def _grad_own_keys(
         len(tiles),
         run.heads,
         scale,
+        run.dropped,
         run.plan.own_from_slots,
     )
