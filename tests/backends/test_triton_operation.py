@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colonnade import FixedPattern, attention, attention_varlen
 from colonnade.backends import triton
+from colonnade.backends.dropout import Dropout
 from colonnade.backends.planning import PlanOptions
 from colonnade.backends.triton.configurations import Configuration
 from tests.backends.test_triton import each_type, pytestmark

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -27,10 +27,12 @@ from colonnade.backends.triton.backward import (
 )
 from colonnade.backends.triton.configurations import (
     CHECKED,
+    DROPS,
     KERNELS,
     Configuration,
     Kernel,
     Precision,
+    Words,
     configuration,
     power_of_two,
 )
@@ -41,8 +43,6 @@ from colonnade.backends.triton.tiles import Array, Shape
 SPILLED = 64
 """The most bytes that a thread may keep in memory for want of registers."""
 WIDTHS = (32, 64, 80, 96, 128, 192, 256)
-Dropout = Literal["quads", "each"]
-"""How words are computed: once for four keys, or for each."""
 DTYPES: dict[str, Precision] = {
     "bf16": "half",
     "fp16": "half",
@@ -50,6 +50,8 @@ DTYPES: dict[str, Precision] = {
     "fp32": "ieee",
 }
 """What is multiplied in each type, by the name that the tables have for it."""
+DROPPING_TARGETS, DROPPING_WIDTHS = ("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128, 256)
+"""Where kernels are compiled with dropout too; everywhere it would take three times as long."""
 MUST_RUN = ("sm_80", "sm_90", "sm_100")
 """Devices where half precision may not be declined, at widths up to 128."""
 LONGEST = 1_024
@@ -71,6 +73,10 @@ _FLOATS = {
 }
 _INTEGERS = {"partner": 3}
 _LISTS = ("pieces", "tiles", "shift", "slots_seen", "shares_of_slot")
+_QUERIES, _KEYS = (Array("*i32", ("i32",) * last + ("constexpr",)) for last in (0, 2))
+_DROPPED = Dropped("*i64", _QUERIES, _QUERIES, _KEYS, _KEYS, "i32", "fp32", *["i32"] * 4)
+# Where it has strides of 1.
+_ONES_OF_DROPPED = ((1, 1, 0), (2, 1, 0), (3, 1, 2), (4, 1, 2))
 _ALIGNED = [["tt.divisibility", 16]]
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -147,20 +153,27 @@ class Case(NamedTuple):
     target: str
     dtype: str
     width: int
-    dropout: Dropout | None = None
+    words: Words = "none"
 
     def configuration(self) -> Configuration | None:
         """Return its configuration by the table."""
-        return configuration(self.kernel, DTYPES[self.dtype], self.width, self.target, LONGEST)
+        return configuration(
+            self.kernel, DTYPES[self.dtype], self.width, self.target, LONGEST, self.words
+        )
 
 
 def every_case(targets: tuple[str, ...] = CHECKED) -> list[Case]:
-    """Return every kernel × device × type × width, leaving out types that a device lacks."""
-    return [
+    """Return every kernel × device × type × width, leaving out types that a device lacks.
+
+    Those without dropout come first, then some of them with it.
+    """
+    every = [
         Case(kernel, target, dtype, width)
         for target, dtype, width, kernel in product(targets, DTYPES, WIDTHS, KERNELS)
         if TARGETS[target].tf32 or DTYPES[dtype] != "tf32"
     ]
+    dropping = [c for c in every if c.target in DROPPING_TARGETS and c.width in DROPPING_WIDTHS]
+    return every + [case._replace(words=words) for case in dropping for words in DROPS]
 
 
 def complaint(case: Case, code: Code) -> str | None:
@@ -193,6 +206,7 @@ def measure(case: Case) -> dict[str, Any]:
 def wrong(row: dict[str, Any]) -> str | None:
     """Return what is wrong with a row, or None."""
     name = f"{row['kernel']}, {row['target']}, {row['dtype']}, width {row['width']}"
+    name += "" if row["words"] == "none" else f", dropout by {row['words']}"
     must_run = row["target"] in MUST_RUN and DTYPES[row["dtype"]] == "half" and row["width"] <= 128
     if row.get("declined"):
         return f"{name}: declined" if must_run else None
@@ -236,7 +250,7 @@ def _source(case: Case, config: Configuration) -> ASTSource:
         config.keys,
         precision,
         lift=False,
-        quads=case.dropout == "quads",
+        quads=case.words == "quads",
     )
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -249,14 +263,9 @@ def _source(case: Case, config: Configuration) -> ASTSource:
                 constants[index, 1, last] = 1
                 attributes |= {(index, 1, axis): _ALIGNED for axis in range(last)}
                 attributes[index, 0] = _ALIGNED
-        if name == "dropped" and case.dropout is not None:
-            places = Array("*i32", ("i32", "i32", "constexpr"))
-            of_query = Array("*i32", ("constexpr",))
-            signature[name] = Dropped("*i64", of_query, of_query, places, places, "i32", "fp32", *["i32"]*4)
-            for at in (1,2):
-                constants[index, at, 1, 0] = 1
-            for at in (3,4):
-                constants[index, at, 1, 2] = 1
+        if name == "dropped" and case.words != "none":
+            signature[name] = _DROPPED
+            constants |= {(index, *at): 1 for at in _ONES_OF_DROPPED}
         elif name == "dropped":
             signature[name], constants[(index,)] = "constexpr", None
         elif name in _LISTS:

@@ -150,27 +150,25 @@ def _backward(
     return launch.backward(groups, *tensors, scale, longest)
 
 
-def _groups(
-    query: Tensor, key: Tensor, options: tuple[Any, ...]
-) -> tuple[list[Group], float, int]:
+def _groups(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> tuple[list[Group], float, int]:
     """Return the groups of key heads with their plans, the scale, and the most queries of a row."""
     from colonnade.backends.triton.launch import Group
 
     num_sets = len(PlanOptions._fields)
     given, scale = PlanOptions(*options[:num_sets]), options[num_sets]
+    lengths, all_heads = (query.shape[2], key.shape[2]), heads_by_plan(given.pattern, key.shape[1])
+    groups = [Group(heads, make_plan(given, *lengths, heads)) for heads in all_heads]
     dropout = Dropout(*options[num_sets + 1 :])
-    lengths = query.shape[2], key.shape[2]
-    quads = dropout.p > 0 and dropout.first_position % 4 == 0 and lie_in_quads(given.pattern)
-    groups = [
-        Group(
-            heads,
-            make_plan(given, *lengths, heads),
-            dropout,
-            make_places(given, *lengths, heads) if dropout.p > 0 else None,
-            quads,
-        )
-        for heads in heads_by_plan(given.pattern, key.shape[1])
-    ]
+    if dropout.p > 0:
+        in_quads = dropout.first_position % 4 == 0 and lie_in_quads(given.pattern)
+        groups = [
+            group._replace(
+                dropout=dropout,
+                places=make_places(given, *lengths, group.heads),
+                words="quads" if in_quads else "each",
+            )
+            for group in groups
+        ]
     return groups, scale, max(min(given.stride, lengths[0]), 1)
 
 

@@ -21,6 +21,7 @@ from colonnade.backends.triton.dropout import (
     draws_of,
     kept_own_keys,
     kept_slots,
+    keys_of_tile,
     only_kept,
     scaled,
 )
@@ -68,7 +69,7 @@ def grad_query_of_pieces(
     own_begin, own_end = piece.own_begin, piece.own_end
 
     r = tl.arange(0, S.queries)
-    n = tl.arange(0, S.keys)
+    n = keys_of_tile(S)
     row = piece.q_begin + r
     is_row = row < piece.q_end
     q = load(of_query_head(query, batch, head, member), row, is_row, S.qk_dim, S.qk_width)
@@ -142,7 +143,7 @@ def grad_of_slots(
     head = number % heads
     batch = number // heads
 
-    slot = slot_begin + tl.arange(0, S.keys)
+    slot = slot_begin + keys_of_tile(S)
     is_slot = slot < slot_end
     k = load(of_head(slot_key, batch, head), slot, is_slot, S.qk_dim, S.qk_width)
     v = load(of_head(slot_value, batch, head), slot, is_slot, S.v_dim, S.v_width)
@@ -210,7 +211,7 @@ def grad_of_own_keys(
     head = number % heads
     batch = number // heads
 
-    place = key_begin + tl.arange(0, S.keys)
+    place = key_begin + keys_of_tile(S)
     is_key = place < key_end
     k = load(of_head(key, batch, head), place, is_key, S.qk_dim, S.qk_width)
     v = load(of_head(value, batch, head), place, is_key, S.v_dim, S.v_width)

@@ -1,9 +1,9 @@
 """Dropout in the kernels: which weights of a tile are kept, by the seed and by where they are.
 
 backends/dropout.py has the definition. Philox gives the words of four keys at once, a **quad**.
-Where a tile's keys lie in quads (`Shape.quads`), each is computed once for its four keys; elsewhere
-each key computes a quad for itself. Weights that are kept have their factor at the end, on sums in
-float32.
+Where the keys of tiles lie in quads (`Shape.quads`), each is computed once for its four keys;
+elsewhere it is computed for every key. The factor of weights that are kept comes last, on sums in
+float32, so that no weight in half precision is above 1.
 
 Functions marked with `triton.jit` run inside of a kernel. Without dropout `dropped` is None, and so
 is everything that is made of it: nothing of all this is compiled.
@@ -70,14 +70,12 @@ class Draws(NamedTuple):
 @triton.jit
 def draws_of(dropped, batch, head, member, row, is_row):
     """Return the draws for some queries of one query head; None without dropout."""
-    # Triton compiles what comes after a branch that returns, hence the else.
-    if dropped is None:
-        return None
-    else:
+    draws = None
+    if dropped is not None:
         document = load_each(dropped.document, row, is_row, 0)
         query = load_each(dropped.query, row, is_row, 0) + dropped.first_position
         number = head * dropped.heads_apart + member + dropped.first_head
-        return Draws(
+        draws = Draws(
             tl.load(dropped.seed),
             query.to(tl.uint32),
             tl.cast(number, tl.uint32),
@@ -87,70 +85,95 @@ def draws_of(dropped, batch, head, member, row, is_row):
             of_head(dropped.own, batch, head),
             of_head(dropped.slot, batch, head),
         )
+    return draws
 
 
 @triton.jit
 def kept_own_keys(draws, begin, end, S: tl.constexpr):
     """Return [queries, keys], which weights of the own keys from `begin` on are kept."""
-    if draws is None:
-        return None
-    else:
-        return _kept(draws, draws.own, begin, end, S)
+    kept = None
+    if draws is not None:
+        kept = _kept(draws, draws.own, begin, end, S)
+    return kept
 
 
 @triton.jit
 def kept_slots(draws, begin, end, S: tl.constexpr):
     """Return [queries, keys], which weights of the slots from `begin` on are kept."""
-    if draws is None:
-        return None
-    else:
-        return _kept(draws, draws.slot, begin, end, S)
+    kept = None
+    if draws is not None:
+        kept = _kept(draws, draws.slot, begin, end, S)
+    return kept
 
 
 @triton.jit
 def only_kept(tile, kept):
     """Return a tile with 0 where the weight is dropped."""
-    if kept is None:
-        return tile
-    else:
-        return tl.where(kept, tile, 0.0)
+    if kept is not None:
+        tile = tl.where(kept, tile, 0.0)
+    return tile
 
 
 @triton.jit
 def scaled(sums, dropped):
     """Return sums over weights that were kept, with their factor."""
-    if dropped is None:
-        return sums
-    else:
-        return sums * dropped.factor
+    if dropped is not None:
+        sums = sums * dropped.factor
+    return sums
+
+
+@triton.jit
+def keys_of_tile(S: tl.constexpr):
+    """Return [keys], which key of the tile each column has.
+
+    Where keys lie in quads they change their places: a thread of NVIDIA's has two columns of a
+    product that lie side by side, and the two that lie eight columns on. With the keys of a quad
+    there, it computes the words that it needs, and no others.
+    """
+    column = tl.arange(0, S.keys)
+    if S.quads:
+        column = column // 16 * 16 + column % 8 // 2 * 4 + column % 16 // 8 * 2 + column % 2
+    return column
 
 
 @triton.jit
 def _kept(draws, places, begin, end, S: tl.constexpr):
-    """Return [queries, keys], which weights of the keys from `begin` on are kept."""
+    """Return [queries, keys], which weights of the keys from `begin` on are kept.
+
+    Keys are in the order of `keys_of_tile`.
+    """
     if S.quads:
         first = begin + 4 * tl.arange(0, S.keys // 4)
         place = load_each(places, first, first < end, 0) + draws.first_position
         one, two, three, four = _words(draws, place >> 2)
-        # Compared first: what goes from thread to thread is a bit for each weight, not a word.
-        even = tl.join(one >= draws.threshold, three >= draws.threshold)
-        odd = tl.join(two >= draws.threshold, four >= draws.threshold)
-        return tl.reshape(tl.join(even, odd), [S.queries, S.keys])
+        # One tensor of bits, not four that are joined: Triton computes it where it is needed.
+        bits = (one >= draws.threshold).to(tl.int32)
+        bits |= (two >= draws.threshold).to(tl.int32) << 1
+        bits |= (three >= draws.threshold).to(tl.int32) << 2
+        bits |= (four >= draws.threshold).to(tl.int32) << 3
+        of_key = bits[:, :, None] >> tl.arange(0, 4)[None, None, :] & 1
+        of_key = tl.reshape(of_key, [S.queries, S.keys // 16, 4, 2, 2])
+        kept = tl.reshape(tl.permute(of_key, [0, 1, 3, 2, 4]), [S.queries, S.keys]) != 0
     else:
         key = begin + tl.arange(0, S.keys)
         place = load_each(places, key, key < end, 0) + draws.first_position
         one, two, three, four = _words(draws, place >> 2)
         number = (place & 3)[None, :]
-        below_2 = tl.where(number == 0, one, two)
-        word = tl.where(number < 2, below_2, tl.where(number == 2, three, four))
-        return word >= draws.threshold
+        low = tl.where(number == 0, one, two)
+        high = tl.where(number == 2, three, four)
+        kept = tl.where(number < 2, low, high) >= draws.threshold
+    return kept
 
 
 @triton.jit
 def _words(draws, quad):
     """Return the four words [queries, quads] of Philox for each query and each quad of keys."""
     return philox(
-        draws.seed, quad.to(tl.uint32)[None, :], draws.query[:, None], draws.head, draws.row[:, None]
+        draws.seed,
+        quad.to(tl.uint32)[None, :],
+        draws.query[:, None],
+        draws.head,
+        draws.row[:, None],
     )
 
 
@@ -158,7 +181,8 @@ def _words(draws, quad):
 def philox(seed, one, two, three, four):
     """Return the four words of Philox-4x32 for a counter, all of uint32, with an int64 as the key.
 
-    Counters that broadcast stay small for the first two rounds.
+    Counters that broadcast stay small for the first two rounds. A product of 64 bits is one
+    instruction, and its halves are two.
     """
     low = seed.to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)

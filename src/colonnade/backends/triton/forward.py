@@ -13,6 +13,7 @@ from colonnade.backends.triton.dropout import (
     draws_of,
     kept_own_keys,
     kept_slots,
+    keys_of_tile,
     only_kept,
     scaled,
 )
@@ -61,7 +62,7 @@ def attend_pieces(
     own_begin, own_end = piece.own_begin, piece.own_end
 
     r = tl.arange(0, S.queries)
-    n = tl.arange(0, S.keys)
+    n = keys_of_tile(S)
     row = piece.q_begin + r
     is_row = row < piece.q_end
     q = load(of_query_head(query, batch, head, member), row, is_row, S.qk_dim, S.qk_width)

@@ -26,6 +26,7 @@ from colonnade.backends.triton.configurations import (
     Configuration,
     Kernel,
     Precision,
+    Words,
     configuration,
     name_of,
     power_of_two,
@@ -53,8 +54,7 @@ class Group(NamedTuple):
     dropout: Dropout = Dropout()
     places: Places | None = None
     """Needed if weights are dropped."""
-    quads: bool = False
-    """Whether the keys of every tile lie in quads; of no meaning without dropout."""
+    words: Words = "none"
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a view of these heads of [batch, key heads, …]."""
@@ -88,7 +88,7 @@ class _Run:
         ]
         self.own = self.slots if group.plan.own_from_slots else [keys, values]
         self.shift = self.listed(work.shift)
-        self.quads, self.dropped = group.quads, self._dropped(group)
+        self.words, self.dropped = group.words, self._dropped(group)
 
     def _dropped(self, group: Group) -> Dropped | None:
         dropout = group.dropout
@@ -96,13 +96,17 @@ class _Run:
             return None
         placed = self.listed(work.placed, group.places)
         own, slot = (t.expand(self.batch, self.heads, -1) for t in (placed.own, placed.slot))
+        documents, queries, own_keys, slots = _arrays(placed.document, placed.query, own, slot)
         threshold, factor = dropout.threshold, dropout.factor
-        if threshold == 2**32:  # Nothing is kept; an int32 has no room for that.
+        if threshold == 2**32:  # Nothing is kept, and 32 bits have no room for that.
             threshold, factor = 0, 0.0
         return Dropped(
-            dropout.seed,
-            *_arrays(placed.document, placed.query, own, slot),
-            # As a signed number: Triton chooses the type of a number by its size.
+            seed=dropout.seed,
+            document=documents,
+            query=queries,
+            own=own_keys,
+            slot=slots,
+            # With a sign: Triton takes the type of a number from its size.
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
             factor=factor,
             first_row=dropout.first_row,
@@ -123,7 +127,7 @@ class _Run:
         """
         width, target = max(t.shape[3] for t in self.own), name_of(self.device)
         precision = precision_of(self.query.dtype, self.device)
-        found = configuration(kernel, precision, width, target, self.longest)
+        found = configuration(kernel, precision, width, target, self.longest, self.words)
         if found is None:
             reason = reason_no_tile_fits(self.query.dtype, width, self.device)
             raise NotImplementedError(f"backend 'triton' {reason}.")
@@ -150,6 +154,7 @@ class _Run:
             q_len=power_of_two(self.query.shape[3]),
             slots=power_of_two(self.slots[0].shape[2]),
             longest=power_of_two(self.longest),
+            words=self.words,
         )
 
     def launch(self, kernel: Any, config: Configuration, programs: int, *arguments: Any) -> None:
@@ -165,7 +170,7 @@ class _Run:
             config.keys,
             precision="tf32" if precision_of(self.query.dtype, self.device) == "tf32" else "ieee",
             lift=INTERPRETED and self.query.dtype == torch.bfloat16,
-            quads=self.quads,
+            quads=self.words == "quads",
         )
         programs *= self.batch * self.heads
         if programs == 0:
