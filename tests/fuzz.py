@@ -245,6 +245,8 @@ def _check_dropout(call: Call, inputs: Inputs) -> None:
 
 def _check_dropped(call: Call, inputs: Inputs, found: Results, p: float) -> None:
     """Assert that the results are those of the reference, which drops the same weights."""
+    if call.case.batch * call.case.q_len == 0:
+        return
     torch.manual_seed(call.case.seed)
     expected = run(replace(call, backend="reference"), inputs.double(), p)
     half = call.dtype == torch.float16

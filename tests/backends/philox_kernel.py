@@ -10,7 +10,7 @@ import triton.language as tl
 from colonnade.backends.triton.dropout import philox
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton's.
 def write_words(words: Any, counters: Any, seed: Any) -> None:
     """Write [4, 16] words for as many counters."""
     n = tl.arange(0, 16)

@@ -18,7 +18,10 @@ KERNELS: tuple[Kernel, ...] = ("forward", "query", "slots", "own")
 Precision = Literal["half", "tf32", "ieee"]
 """What is multiplied: bfloat16 or float16; float32 in matrix instructions of TF32; float32."""
 Words = Literal["none", "quads", "each"]
-"""How words that drop weights are computed: not at all, for four keys at once, or for each key."""
+"""How words that drop weights are computed: not at all, for four keys at once, or for each key.
+
+In the last case they take more registers.
+"""
 DROPS: tuple[Words, ...] = ("quads", "each")
 
 WIDEST = 256
