@@ -67,7 +67,7 @@ help:
 	@echo 'make gpu-tests  the tests marked gpu'
 	@echo 'make gpu-bench  time attention on the GPU against what others offer'
 	@echo 'make gpu-packages  collect what these need in $(GPU_PATH), to be carried there'
-	@echo 'make gpu-code   compile every Triton kernel for GPUs that are not there; a quarter of an hour'
+	@echo 'make gpu-code   compile every Triton kernel for GPUs that are not there; 25 minutes'
 	@echo 'make structure  count the files that a call goes through, and statements'
 	@echo 'make test       the test suite: with run-time type checks, then the tests marked plain and interpreted'
 	@echo 'make test-oldest  the same with the oldest torch and transformers, in .venv-oldest'

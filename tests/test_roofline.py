@@ -106,4 +106,4 @@ def test_the_command_compiles_one_device(tmp_path: Path) -> None:
     assert "0 wrong" in said
     assert "| gfx942 | 128 | " in said
     assert not page.exists()
-    assert len(json.loads(out.read_text())["rows"]) == 3 * 7 * 4
+    assert len(json.loads(out.read_text())["rows"]) == 3 * 7 * 4 + 2 * 3 * 3 * 4

@@ -203,7 +203,6 @@ def test_shares_of_the_queries_are_added_up() -> None:
     ("change", "reason"),
     [
         ({"dtype": torch.float64}, "computes in"),
-        ({"dropout_p": 0.1}, "has no dropout"),
         ({"pattern": StridedPattern(4)}, "runs FixedPattern only"),
         ({"width": 257}, "takes widths from 1 to 256, got qk_dim=257"),
         ({"device": "meta"}, "runs on cpu only here, got query.device=meta"),
@@ -214,10 +213,9 @@ def test_what_it_declines_it_names(change: dict[str, Any], reason: str) -> None:
     options = {"dtype": torch.float32, "width": 8, "device": "cpu", **change}
     x = torch.zeros(1, 1, 6, options["width"], dtype=options["dtype"], device=options["device"])
     pattern = options.get("pattern", FixedPattern(4, 1))
-    dropout_p = options.get("dropout_p", 0.0)
-    assert reason in explain(x, x, x, pattern, dropout_p=dropout_p).others["triton"]
+    assert reason in explain(x, x, x, pattern).others["triton"]
     with pytest.raises(NotImplementedError, match=f"backend 'triton' {reason}"):
-        attention(x, x, x, pattern, backend="triton", dropout_p=dropout_p)
+        attention(x, x, x, pattern, backend="triton")
 
 
 def test_it_runs_if_it_is_asked_for_by_name_alone() -> None:

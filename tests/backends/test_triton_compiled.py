@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from colonnade import FixedPattern
-from tests.cases import Case, attend
+from tests.cases import Case, backpropagate, both
 
 pytestmark = [
     pytest.mark.plain,
@@ -60,21 +60,26 @@ class _NotLaunched:
 
 
 @pytest.fixture
-def compile_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Case, torch.dtype], Compiled]:
+def compile_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[int, Case, torch.dtype, float], Compiled]:
     """Return a function that compiles all kernels of a case for a compute capability."""
     from triton.runtime import driver
 
     from colonnade.backends import triton as backend
     from colonnade.backends.triton import launch
 
-    def compile_for(capability: int, case: Case, dtype: torch.dtype) -> Compiled:
+    def compile_for(capability: int, case: Case, dtype: torch.dtype, dropout_p: float) -> Compiled:
         compiled: Compiled = []
         with monkeypatch.context() as patch:
             patch.setattr(driver, "_active", _Driver(capability))
             patch.setattr(backend, "_is_interpreted", lambda: True)  # It takes tensors of a CPU.
             for name in KERNELS:
                 patch.setattr(launch, name, _NotLaunched(getattr(launch, name), compiled))
-            attend(case, case.inputs(dtype), "triton")
+            inputs = case.inputs(dtype)
+            leaves = inputs.leaves()
+            pair = both(*leaves, case.pattern, "triton", dropout_p=dropout_p)
+            backpropagate(pair, leaves, inputs)
         return compiled
 
     return compile_for
@@ -89,10 +94,14 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Case, torch.d
     ],
     ids=["as they are", "all sizes 1"],
 )
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_the_compiler_takes_every_kernel(
-    case: Case, dtype: torch.dtype, compile_for: Callable[[int, Case, torch.dtype], Compiled]
+    case: Case,
+    dtype: torch.dtype,
+    dropout_p: float,
+    compile_for: Callable[[int, Case, torch.dtype, float], Compiled],
 ) -> None:
-    compiled = compile_for(90, case, dtype)
+    compiled = compile_for(90, case, dtype, dropout_p)
     names = [name for name, _ in compiled]
     assert names == [name for name in KERNELS if name in names]
     assert {"attend_pieces", "grad_query_of_pieces", "grad_of_own_keys"} <= set(names)
@@ -103,23 +112,25 @@ def test_the_compiler_takes_every_kernel(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "target", "dtype", "width"),
+    ("kernel", "target", "dtype", "width", "words"),
     [
-        ("forward", "sm_90", "bf16", 128),
-        ("query", "sm_80", "bf16", 128),
-        ("slots", "sm_100", "bf16", 64),
-        ("own", "sm_90", "fp16", 96),
-        ("forward", "sm_120", "fp32 as TF32", 64),
-        ("own", "gfx942", "fp32", 64),
+        ("forward", "sm_90", "bf16", 128, "none"),
+        ("query", "sm_80", "bf16", 128, "none"),
+        ("slots", "sm_100", "bf16", 64, "none"),
+        ("own", "sm_90", "fp16", 96, "none"),
+        ("forward", "sm_120", "fp32 as TF32", 64, "none"),
+        ("own", "gfx942", "fp32", 64, "none"),
+        ("query", "sm_80", "bf16", 64, "quads"),
+        ("own", "sm_90", "fp16", 128, "each"),
     ],
 )
 def test_machine_code_keeps_what_it_computes_with_in_registers(
-    kernel: Any, target: str, dtype: str, width: int
+    kernel: Any, target: str, dtype: str, width: int, words: Any
 ) -> None:
     """A slice of `make gpu-code`, for the kernels as they are now."""
     from colonnade.bench.machine_code import Case, compile_case, complaint
 
-    case = Case(kernel, target, dtype, width)
+    case = Case(kernel, target, dtype, width, words)
     config = case.configuration()
     assert config is not None
     code = compile_case(case, config)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from colonnade import FixedPattern, attention, attention_varlen
 from colonnade.backends import triton
+from colonnade.backends.dropout import Dropout
 from colonnade.backends.planning import PlanOptions
 from colonnade.backends.triton.configurations import Configuration
 from tests.backends.test_triton import each_type, pytestmark
@@ -51,7 +52,8 @@ def test_its_operations_keep_the_compilers_rules(dtype: torch.dtype) -> None:
     """Schema, fake, autograd and a compiled program, as torch.library checks them."""
     inputs = CASE.inputs(dtype)
     leaves = [t.requires_grad_() for t in inputs[:3]]
-    options = (4, 1, 1, "merged", True, 0, None, 0.4)
+    dropout = Dropout(0.5, torch.tensor([3])) if dtype == torch.float16 else Dropout()
+    options = (4, 1, 1, "merged", True, 0, None, 0.4, *dropout)
     operations = torch.ops.colonnade
     checks: list[str] = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if dtype == torch.float32:
@@ -140,16 +142,20 @@ class _NoLook(TorchDispatchMode):
 
 @pytest.mark.parametrize("part", ["merged", "local", "summary"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_call_waits_for_the_device(part: Any, causal: bool, launched: list[int]) -> None:
-    """And one that was made before works nothing out again on the host."""
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_no_call_waits_for_the_device(
+    part: Any, causal: bool, p: float, launched: list[int]
+) -> None:
+    """And one that was made before works nothing out again on the host; nobody reads a seed."""
     query = torch.empty(1, 4, 1_000, 64, dtype=torch.bfloat16, device="meta")
     key = torch.empty(1, 2, 1_000, 64, dtype=torch.bfloat16, device="meta")
     lse = torch.empty(1, 4, 1_000, device="meta")
-    options = PlanOptions(48, 5, 2, part, causal, 0, None)
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
+    options = *PlanOptions(48, 5, 2, part, causal, 0, None), 0.1, *Dropout(p, seed)
     for is_first in (True, False):
         with _NoLook() as looks:
-            triton._forward(query, key, key, *options, 0.1)
-            triton._backward(query, lse, query, key, key, query, lse, *options, 0.1)
+            triton._forward(query, key, key, *options)
+            triton._backward(query, lse, query, key, key, query, lse, *options)
         assert (looks.made_on_cpu > 0) is is_first
     assert len(launched) == 2 * (4 if causal else 8)
 

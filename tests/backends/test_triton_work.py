@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from colonnade import FixedPattern
+from colonnade.backends.planning import PlanOptions, make_places, make_plan
 from colonnade.backends.triton import work
 from colonnade.backends.triton.configurations import (
     CHECKED,
@@ -19,9 +20,10 @@ from colonnade.backends.triton.configurations import (
     configuration,
     power_of_two,
 )
+from colonnade.plan.places import lie_in_quads
 from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan
 from tests.cases import fixed_patterns
-from tests.packing import cuts
+from tests.packing import cu_seqlens_of, cuts
 
 pytestmark = pytest.mark.plain  # Run-time type checks look at random entries while plans are drawn.
 HEADS = 3
@@ -141,3 +143,35 @@ def test_a_tile_is_no_larger_than_a_row_needs(
     assert found is not None
     assert 16 <= found.queries <= power_of_two(longest)
     assert found.queries & (found.queries - 1) == found.keys & (found.keys - 1) == 0
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_keys_lie_in_quads_where_a_pattern_says_so(data: st.DataObject) -> None:
+    """From the first own key of a row on, and from its first slot, as far as they are read."""
+    drawn = data.draw(fixed_patterns(max_stride=6))
+    sizes = 4 * drawn.stride, 4 * drawn.summary
+    pattern = FixedPattern(*sizes, drawn.subblocks, drawn.part, drawn.causal)
+    assert lie_in_quads(pattern)
+    kv_len = data.draw(st.integers(0, 120))
+    cu_seqlens, reduced, q_len = None, 0, data.draw(st.integers(0, kv_len))
+    if data.draw(st.booleans()):
+        cu_seqlens, q_len = cu_seqlens_of(data.draw(cuts(kv_len))), kv_len
+    elif pattern.causal and pattern.part != "local" and data.draw(st.booleans()):
+        reduced = data.draw(st.integers(1, 3))
+        kv_len += reduced * pattern.summary
+    options = PlanOptions(
+        *sizes, pattern.subblocks, pattern.part, pattern.causal, reduced, cu_seqlens
+    )
+    heads = data.draw(st.sampled_from(heads_by_plan(pattern, HEADS)))
+    plan = make_plan(options, q_len, kv_len, heads)
+    placed = work.placed(plan, make_places(options, q_len, kv_len, heads))
+    for head, shift in enumerate(plan.shift.tolist()):
+        slot = placed.slot[head].tolist()
+        own = placed.own.expand(len(heads), -1)[head].tolist()
+        for q_begin, q_end, own_begin, own_end, lead, slot_begin, slot_end in plan.table.tolist():
+            seen = min(max(q_end - q_begin + lead - shift, 0), own_end - own_begin)
+            for places in (own[own_begin : own_begin + seen], slot[slot_begin:slot_end]):
+                quads = [place // 4 for place in places]
+                assert [place % 4 for place in places] == [n % 4 for n in range(len(places))]
+                assert all(quads[n] == quads[n // 4 * 4] for n in range(len(quads)))

@@ -33,6 +33,11 @@ def _whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attention(query, key, value, PATTERN, backend="triton")
 
 
+def _dropped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    torch.manual_seed(7)
+    return attention(query, key, value, PATTERN, backend="triton", dropout_p=0.3)
+
+
 def _documents() -> Call:
     """Return attention within documents whose boundaries are on the device."""
     cu_seqlens = cu_seqlens_of(LENGTHS).to(DEVICE)
@@ -110,6 +115,43 @@ def test_a_call_can_be_captured_in_a_graph(make: Callable[[], Call]) -> None:
     graph.replay()
     expected = _both_ways(call, others, another)
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@needs_cuda
+def test_a_second_call_with_dropout_never_waits_for_the_device() -> None:
+    leaves, grad_out = _inputs()
+    expected = _both_ways(_dropped, leaves, grad_out)
+    with _no_waiting():
+        found = _both_ways(_dropped, leaves, grad_out)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_cuda
+def test_a_graph_drops_other_weights_each_time() -> None:
+    """Forward and backward of one replay drop the same: values are what the gradient says."""
+    leaves, grad_out = _inputs()
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query, key, value, PATTERN, backend="triton", dropout_p=0.5)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _both_ways(call, leaves, grad_out)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _both_ways(call, leaves, grad_out)
+    found = []
+    for _ in range(2):
+        graph.replay()
+        out, _, _, grad_value = (t.detach().clone() for t in captured)
+        found.append(out)
+        # Linear in values: Σ out · dO = Σ values · dV.
+        one, other = (out.double() * grad_out).sum(), (leaves[2].double() * grad_value).sum()
+        norm = (leaves[2].double() * grad_value).norm()
+        assert (one - other).abs() < 0.01 * norm
+    assert not torch.equal(*found)
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two devices")

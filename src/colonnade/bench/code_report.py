@@ -6,9 +6,22 @@ from collections.abc import Iterator
 from itertools import groupby, product
 from typing import Any
 
-from colonnade.backends.triton.configurations import KERNELS, Configuration, Kernel
+from colonnade.backends.triton.configurations import (
+    DROPS,
+    KERNELS,
+    Configuration,
+    Kernel,
+    Words,
+)
 from colonnade.bench import sections
-from colonnade.bench.machine_code import DTYPES, WIDTHS, Code
+from colonnade.bench.machine_code import (
+    DROPPING_TARGETS,
+    DROPPING_WIDTHS,
+    DTYPES,
+    WIDTHS,
+    Case,
+    Code,
+)
 from colonnade.bench.roofline import GPUS, Gpu, Prediction, predict
 from colonnade.pattern import FixedPattern
 
@@ -28,7 +41,7 @@ def fill(page: str, result: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the tables in Markdown: widths 64 and 128 in bfloat16, then the rest."""
-    rows = {(r["target"], r["dtype"], r["width"], r["kernel"]): r for r in result["rows"]}
+    rows = _by_case(result)
     yield (
         f"By Triton {result['triton']}, in bfloat16. Each cell: registers of a thread, bytes "
         "spilled, KiB of shared memory, matrix instructions, programs that a processor holds at "
@@ -38,20 +51,51 @@ def tables(result: dict[str, Any]) -> Iterator[str]:
     yield "| device | width | forward | gradients of queries | of slots | of own keys |"
     yield "|---|---|---|---|---|---|"
     for target, width in product(result["targets"], (64, 128)):
-        cells = (_cell(rows[target, "bf16", width, kernel]) for kernel in KERNELS)
+        cells = (_cell(rows[Case(kernel, target, "bf16", width)]) for kernel in KERNELS)
         yield f"| {target} | {width} | {' | '.join(cells)} |"
     yield ""
+    dropping = [t for t in result["targets"] if t in DROPPING_TARGETS]
+    if dropping:
+        yield "With dropout, where words are computed for four keys at once:"
+        yield ""
+        yield "| device | width | forward | gradients of queries | of slots | of own keys |"
+        yield "|---|---|---|---|---|---|"
+    for target, width in product(dropping, (64, 128)):
+        cells = (_cell(rows[Case(kernel, target, "bf16", width, "quads")]) for kernel in KERNELS)
+        yield f"| {target} | {width} | {' | '.join(cells)} |"
+    if dropping:
+        yield ""
     yield "Most bytes spilled by any kernel at widths " + ", ".join(map(str, WIDTHS)) + ":"
     yield ""
     yield f"| device | {' | '.join(DTYPES)} |"
     yield "|---" * (len(DTYPES) + 1) + "|"
     for target in result["targets"]:
-        cells = (_spilled([r for r in result["rows"] if _is(r, target, t)]) for t in DTYPES)
+        cells = (_spilled(_some(result, target, dtype, ("none",))) for dtype in DTYPES)
+        yield f"| {target} | {' | '.join(cells)} |"
+    if not dropping:
+        return
+    yield ""
+    yield "With dropout, in either way, at widths " + ", ".join(map(str, DROPPING_WIDTHS)) + ":"
+    yield ""
+    yield f"| device | {' | '.join(DTYPES)} |"
+    yield "|---" * (len(DTYPES) + 1) + "|"
+    for target in dropping:
+        cells = (_spilled(_some(result, target, dtype, DROPS)) for dtype in DTYPES)
         yield f"| {target} | {' | '.join(cells)} |"
 
 
-def _is(row: dict[str, Any], target: str, dtype: str) -> bool:
-    return bool(row["target"] == target and row["dtype"] == dtype)
+def _by_case(result: dict[str, Any]) -> dict[Case, dict[str, Any]]:
+    return {Case(*(row[name] for name in Case._fields)): row for row in result["rows"]}
+
+
+def _some(
+    result: dict[str, Any], target: str, dtype: str, words: tuple[Words, ...]
+) -> list[dict[str, Any]]:
+    return [
+        row
+        for row in result["rows"]
+        if row["target"] == target and row["dtype"] == dtype and row["words"] in words
+    ]
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -77,12 +121,12 @@ def _spilled(rows: list[dict[str, Any]]) -> str:
 
 def predictions(result: dict[str, Any]) -> Iterator[str]:
     """Yield a table in Markdown of the predicted times, and what is to be compared with them."""
-    rows = {(r["target"], r["dtype"], r["width"], r["kernel"]): r for r in result["rows"]}
+    rows = _by_case(result)
     columns = "GPU, width, n, wanted, forward: ms, × dense, with backward: ms, × dense, measured"
     yield f"| {columns.replace(', ', ' | ')} |"
     yield "|---" * (columns.count(",") + 1) + "|"
     for (name, gpu), width, length in product(GPUS.items(), (64, 128), LENGTHS):
-        of_kernel = {kernel: rows[gpu.target, "bf16", width, kernel] for kernel in KERNELS}
+        of_kernel = {kernel: rows[Case(kernel, gpu.target, "bf16", width)] for kernel in KERNELS}
         if any(row.get("code") is None for row in of_kernel.values()):
             continue
         once, both = (_predict(gpu, length, width, of_kernel, way) for way in (False, True))

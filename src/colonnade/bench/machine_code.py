@@ -27,13 +27,16 @@ from colonnade.backends.triton.backward import (
 )
 from colonnade.backends.triton.configurations import (
     CHECKED,
+    DROPS,
     KERNELS,
     Configuration,
     Kernel,
     Precision,
+    Words,
     configuration,
     power_of_two,
 )
+from colonnade.backends.triton.dropout import Dropped
 from colonnade.backends.triton.forward import attend_pieces
 from colonnade.backends.triton.tiles import Array, Shape
 
@@ -47,6 +50,8 @@ DTYPES: dict[str, Precision] = {
     "fp32": "ieee",
 }
 """What is multiplied in each type, by the name that the tables have for it."""
+DROPPING_TARGETS, DROPPING_WIDTHS = ("sm_80", "sm_90", "sm_100", "gfx942"), (64, 128, 256)
+"""Where kernels are compiled with dropout too; everywhere it would take three times as long."""
 MUST_RUN = ("sm_80", "sm_90", "sm_100")
 """Devices where half precision may not be declined, at widths up to 128."""
 LONGEST = 1_024
@@ -68,6 +73,10 @@ _FLOATS = {
 }
 _INTEGERS = {"partner": 3}
 _LISTS = ("pieces", "tiles", "shift", "slots_seen", "shares_of_slot")
+_QUERIES, _KEYS = (Array("*i32", ("i32",) * last + ("constexpr",)) for last in (0, 2))
+_DROPPED = Dropped("*i64", _QUERIES, _QUERIES, _KEYS, _KEYS, "i32", "fp32", *["i32"] * 4)
+# Where it has strides of 1.
+_ONES_OF_DROPPED = ((1, 1, 0), (2, 1, 0), (3, 1, 2), (4, 1, 2))
 _ALIGNED = [["tt.divisibility", 16]]
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -144,19 +153,27 @@ class Case(NamedTuple):
     target: str
     dtype: str
     width: int
+    words: Words = "none"
 
     def configuration(self) -> Configuration | None:
         """Return its configuration by the table."""
-        return configuration(self.kernel, DTYPES[self.dtype], self.width, self.target, LONGEST)
+        return configuration(
+            self.kernel, DTYPES[self.dtype], self.width, self.target, LONGEST, self.words
+        )
 
 
 def every_case(targets: tuple[str, ...] = CHECKED) -> list[Case]:
-    """Return every kernel × device × type × width, leaving out types that a device lacks."""
-    return [
+    """Return every kernel × device × type × width, leaving out types that a device lacks.
+
+    Those without dropout come first, then some of them with it.
+    """
+    every = [
         Case(kernel, target, dtype, width)
         for target, dtype, width, kernel in product(targets, DTYPES, WIDTHS, KERNELS)
         if TARGETS[target].tf32 or DTYPES[dtype] != "tf32"
     ]
+    dropping = [c for c in every if c.target in DROPPING_TARGETS and c.width in DROPPING_WIDTHS]
+    return every + [case._replace(words=words) for case in dropping for words in DROPS]
 
 
 def complaint(case: Case, code: Code) -> str | None:
@@ -189,6 +206,7 @@ def measure(case: Case) -> dict[str, Any]:
 def wrong(row: dict[str, Any]) -> str | None:
     """Return what is wrong with a row, or None."""
     name = f"{row['kernel']}, {row['target']}, {row['dtype']}, width {row['width']}"
+    name += "" if row["words"] == "none" else f", dropout by {row['words']}"
     must_run = row["target"] in MUST_RUN and DTYPES[row["dtype"]] == "half" and row["width"] <= 128
     if row.get("declined"):
         return f"{name}: declined" if must_run else None
@@ -223,7 +241,16 @@ def _source(case: Case, config: Configuration) -> ASTSource:
     wide = power_of_two(case.width)
     precision = "tf32" if DTYPES[case.dtype] == "tf32" else "ieee"
     shape = Shape(
-        1, case.width, case.width, wide, wide, config.queries, config.keys, precision, False
+        1,
+        case.width,
+        case.width,
+        wide,
+        wide,
+        config.queries,
+        config.keys,
+        precision,
+        lift=False,
+        quads=case.words == "quads",
     )
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -236,7 +263,12 @@ def _source(case: Case, config: Configuration) -> ASTSource:
                 constants[index, 1, last] = 1
                 attributes |= {(index, 1, axis): _ALIGNED for axis in range(last)}
                 attributes[index, 0] = _ALIGNED
-        if name in _LISTS:
+        if name == "dropped" and case.words != "none":
+            signature[name] = _DROPPED
+            constants |= {(index, *at): 1 for at in _ONES_OF_DROPPED}
+        elif name == "dropped":
+            signature[name], constants[(index,)] = "constexpr", None
+        elif name in _LISTS:
             signature[name], attributes[(index,)] = "*i32", _ALIGNED
         elif name == "S":
             signature[name], constants[(index,)] = "constexpr", shape

@@ -60,3 +60,13 @@ def packed_places(lengths: Int[Tensor, " documents"], numbers: Int[Tensor, " doc
     begin = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     position = torch.arange(len(begin), device="cpu") - begin
     return Places(numbers.repeat_interleave(lengths), position, position[None])
+
+
+def lie_in_quads(pattern: FixedPattern) -> bool:
+    """Whether keys lie in quads wherever a plan of the pattern reads them.
+
+    A quad is four keys that follow one another, of which the first is at a multiple of 4. The own
+    keys of a row then are quads from the first one on, and so are its slots, as far as they are
+    read; the last quad may be cut short.
+    """
+    return pattern.stride % 4 == 0 and (pattern.part == "local" or pattern.summary % 4 == 0)

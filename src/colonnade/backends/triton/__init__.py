@@ -7,6 +7,7 @@ An operation makes the plan and launches kernels, one forward and three backward
     tuning.py          other sizes, timed if that is asked for
     launch.py          from tensors and a plan to launches
     tiles.py           what a kernel is handed, and what it does with a tile
+    dropout.py         which weights of a tile are dropped
     forward.py         slots, then own keys, in one online softmax
     backward.py        gradients without atomics: the same bits in every run
 
@@ -26,7 +27,14 @@ import torch
 from torch import Tensor
 
 from colonnade.backends.call import Call, Seen
-from colonnade.backends.planning import PLAN_SCHEMA, PlanOptions, count_pairs, make_plan
+from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout
+from colonnade.backends.planning import (
+    PLAN_SCHEMA,
+    PlanOptions,
+    count_pairs,
+    make_places,
+    make_plan,
+)
 from colonnade.backends.tracing.constant import constant_when_compiled
 from colonnade.backends.tracing.operation import OUTPUT_AND_LSE, define_attention
 from colonnade.backends.triton.configurations import (
@@ -36,6 +44,7 @@ from colonnade.backends.triton.configurations import (
     reason_no_tile_fits,
 )
 from colonnade.pattern import FixedPattern
+from colonnade.plan.places import lie_in_quads
 from colonnade.plan.table import heads_by_plan
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -77,8 +86,6 @@ def reason_declined(query: Query, key: Key, value: Value, call: Call) -> str | N
         return f"runs FixedPattern only, got a {type(pattern).__name__}"
     if query.dtype not in DTYPES:
         return f"computes in {', '.join(map(str, DTYPES))}, got query.dtype={query.dtype}"
-    if call.dropout.p > 0:
-        return f"has no dropout, got dropout_p={call.dropout.p}"
     widths = query.shape[3], value.shape[3]
     if not all(1 <= width <= WIDEST for width in widths):
         return f"takes widths from 1 to {WIDEST}, got qk_dim={widths[0]} and v_dim={widths[1]}"
@@ -116,14 +123,13 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     assert isinstance(p, FixedPattern)
     assert not isinstance(keys, Seen)
     sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
-    return _attend(query, key, value, *sets, call.scale)
+    return _attend(query, key, value, *sets, call.scale, *call.dropout)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     from colonnade.backends.triton import launch
 
-    *sets, scale = options
-    groups, longest = _groups(query, key, PlanOptions(*sets))
+    groups, scale, longest = _groups(query, key, options)
     return launch.forward(groups, query, key, value, scale, longest)
 
 
@@ -139,27 +145,36 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from colonnade.backends.triton import launch
 
-    *sets, scale = options
-    groups, longest = _groups(query, key, PlanOptions(*sets))
+    groups, scale, longest = _groups(query, key, options)
     tensors = grad_out, grad_lse, query, key, value, out, lse
     return launch.backward(groups, *tensors, scale, longest)
 
 
-def _groups(query: Tensor, key: Tensor, options: PlanOptions) -> tuple[list[Group], int]:
-    """Return the groups of key heads with their plans, and the most queries of a row."""
+def _groups(query: Tensor, key: Tensor, options: tuple[Any, ...]) -> tuple[list[Group], float, int]:
+    """Return the groups of key heads with their plans, the scale, and the most queries of a row."""
     from colonnade.backends.triton.launch import Group
 
-    q_len, kv_len = query.shape[2], key.shape[2]
-    groups = [
-        Group(heads, make_plan(options, q_len, kv_len, heads))
-        for heads in heads_by_plan(options.pattern, key.shape[1])
-    ]
-    return groups, max(min(options.stride, q_len), 1)
+    num_sets = len(PlanOptions._fields)
+    given, scale = PlanOptions(*options[:num_sets]), options[num_sets]
+    lengths, all_heads = (query.shape[2], key.shape[2]), heads_by_plan(given.pattern, key.shape[1])
+    groups = [Group(heads, make_plan(given, *lengths, heads)) for heads in all_heads]
+    dropout = Dropout(*options[num_sets + 1 :])
+    if dropout.p > 0:
+        in_quads = dropout.first_position % 4 == 0 and lie_in_quads(given.pattern)
+        groups = [
+            group._replace(
+                dropout=dropout,
+                places=make_places(given, *lengths, group.heads),
+                words="quads" if in_quads else "each",
+            )
+            for group in groups
+        ]
+    return groups, scale, max(min(given.stride, lengths[0]), 1)
 
 
 _attend = define_attention(
     "colonnade::triton",
-    f"{PLAN_SCHEMA}, float scale",
+    f"{PLAN_SCHEMA}, float scale, {DROPOUT_SCHEMA}",
     _forward,
     _backward,
     OUTPUT_AND_LSE,

@@ -4,8 +4,12 @@
     grad_of_slots         those of slots, by tiles of slots, over shares of the queries behind them
     grad_of_own_keys      those of keys, by tiles of own keys; adds what the slots have
 
-Each computes its scores again, and the weights from the log-sum-exp. Shapes are those of the
-forward.
+Each computes its scores again, and the weights from the log-sum-exp. Under dropout a weight P has
+the factor Z that it had forward:
+
+    dV = (P Z)ᵀ dO    dS = P (Z dP - delta)    with dP = dO Vᵀ and delta = Σ dO O - dlse
+
+Shapes are those of the forward.
 """
 
 from __future__ import annotations
@@ -13,6 +17,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from colonnade.backends.triton.dropout import (
+    draws_of,
+    kept_own_keys,
+    kept_slots,
+    keys_of_tile,
+    only_kept,
+    scaled,
+)
 from colonnade.backends.triton.tiles import (
     COUNTS,
     load,
@@ -47,6 +59,7 @@ def grad_query_of_pieces(
     num_pieces,
     heads,
     scale,
+    dropped,
     S: tl.constexpr,
 ):
     """Compute the gradients of one piece's queries, and delta = Σ dO O - dlse for other kernels."""
@@ -56,7 +69,7 @@ def grad_query_of_pieces(
     own_begin, own_end = piece.own_begin, piece.own_end
 
     r = tl.arange(0, S.queries)
-    n = tl.arange(0, S.keys)
+    n = keys_of_tile(S)
     row = piece.q_begin + r
     is_row = row < piece.q_end
     q = load(of_query_head(query, batch, head, member), row, is_row, S.qk_dim, S.qk_width)
@@ -68,6 +81,7 @@ def grad_query_of_pieces(
     # 0 for a query that reads nothing, whatever gradient arrives.
     difference = tl.where(natural == float("-inf"), 0.0, difference)
     store_each(of_query_head(delta, batch, head, member), difference, row, is_row)
+    draws = draws_of(dropped, batch, head, member, row, is_row)
     acc = tl.full([S.queries, S.qk_width], 0.0, tl.float32)
 
     keys = of_head(slot_key, batch, head)
@@ -77,7 +91,9 @@ def grad_query_of_pieces(
         k = load(keys, at + n, there, S.qk_dim, S.qk_width)
         v = load(values, at + n, there, S.v_dim, S.v_width)
         weights = _weights(q, k, natural, there[None, :], scale, S)
-        acc += product(_grad_scores(weights, v, d_o, difference, S).to(k.dtype), k, S)
+        kept = kept_slots(draws, at, slot_end, S)
+        d_scores = _grad_scores(weights, v, d_o, difference, kept, dropped, S)
+        acc += product(d_scores.to(k.dtype), k, S)
 
     keys = of_head(key, batch, head)
     values = of_head(value, batch, head)
@@ -86,7 +102,9 @@ def grad_query_of_pieces(
         v = load(values, at + n, at + n < own_end, S.v_dim, S.v_width)
         seen = sees(r, piece.first, at - own_begin + n, own_end - own_begin)
         weights = _weights(q, k, natural, seen, scale, S)
-        acc += product(_grad_scores(weights, v, d_o, difference, S).to(k.dtype), k, S)
+        kept = kept_own_keys(draws, at, own_end, S)
+        d_scores = _grad_scores(weights, v, d_o, difference, kept, dropped, S)
+        acc += product(d_scores.to(k.dtype), k, S)
     acc *= scale
     store(of_query_head(grad_query, batch, head, member), acc, row, is_row, S.qk_dim, S.qk_width)
 
@@ -106,6 +124,7 @@ def grad_of_slots(
     num_tiles,
     heads,
     scale,
+    dropped,
     S: tl.constexpr,
 ):
     """Sum the gradients of a tile of slots over one share of the queries that see some of it.
@@ -124,7 +143,7 @@ def grad_of_slots(
     head = number % heads
     batch = number // heads
 
-    slot = slot_begin + tl.arange(0, S.keys)
+    slot = slot_begin + keys_of_tile(S)
     is_slot = slot < slot_end
     k = load(of_head(slot_key, batch, head), slot, is_slot, S.qk_dim, S.qk_width)
     v = load(of_head(slot_value, batch, head), slot, is_slot, S.v_dim, S.v_width)
@@ -139,13 +158,17 @@ def grad_of_slots(
             row = at + tl.arange(0, S.queries)
             ends = tl.load(slots_seen + row, mask=row < q_end, other=0)
             seen = (slot[None, :] < ends[:, None]) & is_slot[None, :]
-            d_k, d_v = _grad_keys(queries, grads, lses, deltas, row, q_end, k, v, seen, scale, S)
+            draws = draws_of(dropped, batch, head, member, row, row < q_end)
+            kept = kept_slots(draws, slot_begin, slot_end, S)
+            d_k, d_v = _grad_keys(
+                queries, grads, lses, deltas, row, q_end, k, v, seen, scale, kept, dropped, S
+            )
             acc_k += d_k
             acc_v += d_v
     sums = of_query_head(key_sums, share, batch, head)
     store(sums, acc_k * scale, slot, is_slot, S.qk_dim, S.qk_width)
     sums = of_query_head(value_sums, share, batch, head)
-    store(sums, acc_v, slot, is_slot, S.v_dim, S.v_width)
+    store(sums, scaled(acc_v, dropped), slot, is_slot, S.v_dim, S.v_width)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -167,6 +190,7 @@ def grad_of_own_keys(
     num_tiles,
     heads,
     scale,
+    dropped,
     OWN_FROM_SLOTS: tl.constexpr,
     S: tl.constexpr,
 ):
@@ -187,7 +211,7 @@ def grad_of_own_keys(
     head = number % heads
     batch = number // heads
 
-    place = key_begin + tl.arange(0, S.keys)
+    place = key_begin + keys_of_tile(S)
     is_key = place < key_end
     k = load(of_head(key, batch, head), place, is_key, S.qk_dim, S.qk_width)
     v = load(of_head(value, batch, head), place, is_key, S.v_dim, S.v_width)
@@ -204,10 +228,15 @@ def grad_of_own_keys(
         for at in tl.range(begin, q_end, S.queries):
             row = at + tl.arange(0, S.queries)
             seen = sees(row - q_begin, first, place - own_begin, key_end - own_begin)
-            d_k, d_v = _grad_keys(queries, grads, lses, deltas, row, q_end, k, v, seen, scale, S)
+            draws = draws_of(dropped, batch, head, member, row, row < q_end)
+            kept = kept_own_keys(draws, key_begin, key_end, S)
+            d_k, d_v = _grad_keys(
+                queries, grads, lses, deltas, row, q_end, k, v, seen, scale, kept, dropped, S
+            )
             acc_k += d_k
             acc_v += d_v
     acc_k *= scale
+    acc_v = scaled(acc_v, dropped)
 
     other = load_each(of_head(partner, batch, head), place, is_key, -1)
     slot = place if OWN_FROM_SLOTS else other
@@ -224,16 +253,21 @@ def grad_of_own_keys(
 
 
 @triton.jit
-def _grad_keys(query, grad_out, lse, delta, row, q_end, k, v, seen, scale, S: tl.constexpr):
-    """Return what some queries of one head give to a tile of keys, d_k without the scale."""
+def _grad_keys(
+    query, grad_out, lse, delta, row, q_end, k, v, seen, scale, kept, dropped, S: tl.constexpr
+):
+    """Return what some queries of one head give to a tile of keys.
+
+    That is d_k without the scale, and d_v without the factor of weights that are kept.
+    """
     is_row = row < q_end
     q = load(query, row, is_row, S.qk_dim, S.qk_width)
     d_o = load(grad_out, row, is_row, S.v_dim, S.v_width)
     natural = load_each(lse, row, is_row, float("-inf"))
     difference = load_each(delta, row, is_row, 0.0)
     weights = _weights(q, k, natural, seen, scale, S)
-    d_v = product(tl.trans(weights.to(d_o.dtype)), d_o, S)
-    d_scores = _grad_scores(weights, v, d_o, difference, S)
+    d_v = product(tl.trans(only_kept(weights, kept).to(d_o.dtype)), d_o, S)
+    d_scores = _grad_scores(weights, v, d_o, difference, kept, dropped, S)
     d_k = product(tl.trans(d_scores.to(q.dtype)), q, S)
     return d_k, d_v
 
@@ -248,6 +282,7 @@ def _weights(q, k, lse, seen, scale, S: tl.constexpr):
 
 
 @triton.jit
-def _grad_scores(weights, v, d_o, delta, S: tl.constexpr):
+def _grad_scores(weights, v, d_o, delta, kept, dropped, S: tl.constexpr):
     """Return the gradients [queries, keys] of the scores of a tile."""
-    return weights * (product(d_o, tl.trans(v), S) - delta[:, None])
+    d_weights = scaled(only_kept(product(d_o, tl.trans(v), S), kept), dropped)
+    return weights * (d_weights - delta[:, None])

@@ -17,6 +17,12 @@ Kernel = Literal["forward", "query", "slots", "own"]
 KERNELS: tuple[Kernel, ...] = ("forward", "query", "slots", "own")
 Precision = Literal["half", "tf32", "ieee"]
 """What is multiplied: bfloat16 or float16; float32 in matrix instructions of TF32; float32."""
+Words = Literal["none", "quads", "each"]
+"""How words that drop weights are computed: not at all, for four keys at once, or for each key.
+
+In the last case they take more registers.
+"""
+DROPS: tuple[Words, ...] = ("quads", "each")
 
 WIDEST = 256
 """The most entries that a query or a value may have."""
@@ -54,6 +60,7 @@ class Row(NamedTuple):
         widest: It holds for widths up to this; the larger of the two counts.
         configuration: What they are launched with.
         on: The devices; none: all.
+        words: How words that drop weights are computed where it holds; none: in any way.
     """
 
     precision: Precision
@@ -61,6 +68,7 @@ class Row(NamedTuple):
     widest: int
     configuration: Configuration
     on: tuple[str, ...] = ()
+    words: tuple[Words, ...] = ()
 
 
 FORWARD: tuple[Kernel, ...] = ("forward",)
@@ -80,7 +88,9 @@ TABLE: tuple[Row, ...] = (
     Row("half", SLOTS, 64, Configuration(128, 64, 4, 1), AMD),
     Row("half", BACKWARD, 128, Configuration(64, 32, 4, 1), AMD),
     Row("half", KERNELS, 256, Configuration(32, 32, 4, 1), AMD),
+    Row("ieee", KERNELS, 64, Configuration(32, 16, 8, 1), AMD, ("each",)),
     Row("ieee", KERNELS, 64, Configuration(64, 32, 8, 1), AMD),
+    Row("ieee", FORWARD, 128, Configuration(16, 16, 8, 1), AMD, ("each",)),
     Row("ieee", FORWARD, 128, Configuration(32, 32, 8, 1), AMD),
     Row("ieee", BACKWARD, 128, Configuration(16, 16, 8, 1), AMD),
     Row("ieee", QUERY, 256, Configuration(32, 16, 4, 1), AMD),
@@ -91,10 +101,14 @@ TABLE: tuple[Row, ...] = (
     Row("half", FORWARD, 128, Configuration(128, 64, 8, 2)),
     # The output takes half of the registers.
     Row("half", FORWARD, 256, Configuration(64, 32, 8, 2), WARP_GROUPS),
+    Row("half", FORWARD, 256, Configuration(16, 32, 8, 1), words=DROPS),
     Row("half", FORWARD, 256, Configuration(32, 32, 8, 1)),
     # Queries, outputs and both their gradients stay in registers.
     Row("half", QUERY, 64, Configuration(64, 64, 4, 2)),
     Row("half", QUERY, 128, Configuration(64, 64, 8, 2)),
+    # Four words for each weight take registers.
+    Row("half", SLOTS, 64, Configuration(128, 64, 8, 1), ("sm_90",), ("each",)),
+    Row("half", OWN, 128, Configuration(64, 32, 8, 2), ("sm_90",), ("each",)),
     # Two sums of all slots stay in registers, and queries and their gradients pass by: ahead of
     # their use where shared memory has room.
     Row("half", SLOTS, 64, Configuration(128, 64, 8, 2), WARP_GROUPS),
@@ -154,7 +168,12 @@ def reason_no_tile_fits(dtype: torch.dtype, width: int, device: torch.device) ->
 
 
 def configuration(
-    kernel: Kernel, precision: Precision, width: int, target: str, longest: int
+    kernel: Kernel,
+    precision: Precision,
+    width: int,
+    target: str,
+    longest: int,
+    words: Words = "none",
 ) -> Configuration | None:
     """Return the configuration of a kernel, or None if no tile of it fits.
 
@@ -164,18 +183,22 @@ def configuration(
         width: The larger of the two widths.
         target: Name of the device as in `CHECKED`.
         longest: Most queries of a row of the table; a tile of more would be empty in part.
+        words: How words that drop weights are computed.
     """
-    row = _row(kernel, precision, width, target)
+    row = _row(kernel, precision, width, target, words)
     if row is None:
         return None
     return row.configuration._replace(queries=min(row.configuration.queries, power_of_two(longest)))
 
 
 @functools.lru_cache
-def _row(kernel: Kernel, precision: Precision, width: int, target: str) -> Row | None:
+def _row(
+    kernel: Kernel, precision: Precision, width: int, target: str, words: Words = "none"
+) -> Row | None:
     for row in TABLE:
         holds = row.precision == precision and kernel in row.kernels and width <= row.widest
-        if holds and (not row.on or target in row.on):
+        here = (not row.on or target in row.on) and (not row.words or words in row.words)
+        if holds and here:
             return row
     return None
 

@@ -9,6 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from colonnade.backends.triton.dropout import (
+    draws_of,
+    kept_own_keys,
+    kept_slots,
+    keys_of_tile,
+    only_kept,
+    scaled,
+)
 from colonnade.backends.triton.tiles import (
     COUNTS,
     load,
@@ -39,13 +47,14 @@ def attend_pieces(
     num_pieces,
     heads,
     scale_log2,
+    dropped,
     S: tl.constexpr,
 ):
     """Compute output and log-sum-exp of one piece.
 
     Queries, output and log-sum-exp are [batch, heads, group, q_len, …], keys, values and slots
     [batch, heads, positions, …]. `pieces` is `work.pieces`, `shift` that of the plan. The scale has
-    a factor log2(e), for exponentials in base 2.
+    a factor log2(e), for exponentials in base 2. `dropped` is a `dropout.Dropped`, or None.
     """
     piece = piece_of_program(pieces, shift, num_pieces, heads, S)
     batch, head, member = piece.batch, piece.head, piece.member
@@ -53,10 +62,11 @@ def attend_pieces(
     own_begin, own_end = piece.own_begin, piece.own_end
 
     r = tl.arange(0, S.queries)
-    n = tl.arange(0, S.keys)
+    n = keys_of_tile(S)
     row = piece.q_begin + r
     is_row = row < piece.q_end
     q = load(of_query_head(query, batch, head, member), row, is_row, S.qk_dim, S.qk_width)
+    draws = draws_of(dropped, batch, head, member, row, is_row)
     peak = tl.full([S.queries], float("-inf"), tl.float32)
     total = tl.full([S.queries], 0.0, tl.float32)
     acc = tl.full([S.queries, S.v_width], 0.0, tl.float32)
@@ -68,14 +78,16 @@ def attend_pieces(
         k = load_whole(keys, at + n, S.qk_dim, S.qk_width)
         v = load_whole(values, at + n, S.v_dim, S.v_width)
         scores = product(q, tl.trans(k), S) * scale_log2
-        acc, peak, total = _add(acc, peak, total, scores, v, S)
+        kept = kept_slots(draws, at, slot_end, S)
+        acc, peak, total = _add(acc, peak, total, scores, v, kept, S)
     if whole < slot_end:
         there = whole + n < slot_end
         k = load(keys, whole + n, there, S.qk_dim, S.qk_width)
         v = load(values, whole + n, there, S.v_dim, S.v_width)
         scores = product(q, tl.trans(k), S) * scale_log2
         scores = tl.where(there[None, :], scores, float("-inf"))
-        acc, peak, total = _add(acc, peak, total, scores, v, S)
+        kept = kept_slots(draws, whole, slot_end, S)
+        acc, peak, total = _add(acc, peak, total, scores, v, kept, S)
 
     keys = of_head(key, batch, head)
     values = of_head(value, batch, head)
@@ -85,25 +97,30 @@ def attend_pieces(
         scores = product(q, tl.trans(k), S) * scale_log2
         seen = sees(r, piece.first, at - own_begin + n, own_end - own_begin)
         scores = tl.where(seen, scores, float("-inf"))
-        acc, peak, total = _add(acc, peak, total, scores, v, S)
+        kept = kept_own_keys(draws, at, own_end, S)
+        acc, peak, total = _add(acc, peak, total, scores, v, kept, S)
 
     # A query that reads nothing: output 0, log-sum-exp -inf.
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    acc = acc / total[:, None]
+    acc = scaled(acc / total[:, None], dropped)
     store(of_query_head(out, batch, head, member), acc, row, is_row, S.v_dim, S.v_width)
     natural = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
     store_each(of_query_head(lse, batch, head, member), natural, row, is_row)
 
 
 @triton.jit
-def _add(acc, peak, total, scores, v, S: tl.constexpr):
-    """Add a tile of scores, in base 2, and its values to the softmax so far."""
+def _add(acc, peak, total, scores, v, kept, S: tl.constexpr):
+    """Add a tile of scores, in base 2, and its values to the softmax so far.
+
+    Weights that are dropped count in the denominator.
+    """
     higher = tl.maximum(peak, tl.max(scores, 1))
     # Where nothing was seen yet the peak is -inf, and its difference from itself would be NaN.
     top = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - top[:, None])
     factor = tl.exp2(peak - top)
     total = total * factor + tl.sum(weights, 1)
+    weights = only_kept(weights, kept)
     acc = acc * factor[:, None] + product(weights.to(v.dtype), v, S)
     return acc, higher, total

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from colonnade.backends.dropout import Dropout
 from colonnade.backends.tracing.device import is_capturing, kept_on_device
 from colonnade.backends.triton import tuning, work
 from colonnade.backends.triton.backward import (
@@ -25,14 +26,17 @@ from colonnade.backends.triton.configurations import (
     Configuration,
     Kernel,
     Precision,
+    Words,
     configuration,
     name_of,
     power_of_two,
     precision_of,
     reason_no_tile_fits,
 )
+from colonnade.backends.triton.dropout import Dropped
 from colonnade.backends.triton.forward import attend_pieces
 from colonnade.backends.triton.tiles import Array, Shape
+from colonnade.plan.places import Places
 from colonnade.plan.table import Plan
 
 Result = TypeVar("Result")
@@ -43,10 +47,14 @@ LOG2_E = 1.4426950408889634
 
 
 class Group(NamedTuple):
-    """Key heads that share a plan."""
+    """Key heads that share a plan, and which of their weights are dropped."""
 
     heads: range
     plan: Plan
+    dropout: Dropout = Dropout()
+    places: Places | None = None
+    """Needed if weights are dropped."""
+    words: Words = "none"
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a view of these heads of [batch, key heads, …]."""
@@ -64,6 +72,7 @@ class _Run:
         query: [batch, heads, query heads of each, q_len, qk_dim].
         own: Keys and values [batch, heads, positions, …] that own keys count: all, or the slots.
         slots: Keys and values of the slots, gathered.
+        dropped: Which weights are dropped, as kernels take it; None if none are.
     """
 
     def __init__(
@@ -79,8 +88,34 @@ class _Run:
         ]
         self.own = self.slots if group.plan.own_from_slots else [keys, values]
         self.shift = self.listed(work.shift)
+        self.words, self.dropped = group.words, self._dropped(group)
 
-    def listed(self, make: Callable[..., Any], *sizes: int) -> Any:
+    def _dropped(self, group: Group) -> Dropped | None:
+        dropout = group.dropout
+        if dropout.p == 0:
+            return None
+        placed = self.listed(work.placed, group.places)
+        own, slot = (t.expand(self.batch, self.heads, -1) for t in (placed.own, placed.slot))
+        documents, queries, own_keys, slots = _arrays(placed.document, placed.query, own, slot)
+        threshold, factor = dropout.threshold, dropout.factor
+        if threshold == 2**32:  # Nothing is kept, and 32 bits have no room for that.
+            threshold, factor = 0, 0.0
+        return Dropped(
+            seed=dropout.seed,
+            document=documents,
+            query=queries,
+            own=own_keys,
+            slot=slots,
+            # With a sign: Triton takes the type of a number from its size.
+            threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
+            factor=factor,
+            first_row=dropout.first_row,
+            first_head=dropout.first_head + group.heads.start * self.members,
+            heads_apart=group.heads.step * self.members,
+            first_position=dropout.first_position,
+        )
+
+    def listed(self, make: Callable[..., Any], *sizes: Any) -> Any:
         """Return what a function makes of the plan, on the device; it is kept for the next call."""
         return kept_on_device(self.device, make, self.plan, *sizes)
 
@@ -92,7 +127,7 @@ class _Run:
         """
         width, target = max(t.shape[3] for t in self.own), name_of(self.device)
         precision = precision_of(self.query.dtype, self.device)
-        found = configuration(kernel, precision, width, target, self.longest)
+        found = configuration(kernel, precision, width, target, self.longest, self.words)
         if found is None:
             reason = reason_no_tile_fits(self.query.dtype, width, self.device)
             raise NotImplementedError(f"backend 'triton' {reason}.")
@@ -119,6 +154,7 @@ class _Run:
             q_len=power_of_two(self.query.shape[3]),
             slots=power_of_two(self.slots[0].shape[2]),
             longest=power_of_two(self.longest),
+            words=self.words,
         )
 
     def launch(self, kernel: Any, config: Configuration, programs: int, *arguments: Any) -> None:
@@ -134,6 +170,7 @@ class _Run:
             config.keys,
             precision="tf32" if precision_of(self.query.dtype, self.device) == "tf32" else "ieee",
             lift=INTERPRETED and self.query.dtype == torch.bfloat16,
+            quads=self.words == "quads",
         )
         programs *= self.batch * self.heads
         if programs == 0:
@@ -182,6 +219,7 @@ def _forward(run: _Run, results: list[Tensor], scale: float, config: Configurati
         len(pieces),
         run.heads,
         scale * LOG2_E,
+        run.dropped,
     )
 
 
@@ -230,6 +268,7 @@ def _grad_query(
         len(pieces),
         run.heads,
         scale,
+        run.dropped,
     )
     return delta
 
@@ -269,6 +308,7 @@ def _grad_slots(
         len(found.tiles),
         run.heads,
         scale,
+        run.dropped,
     )
     return _Sums(sums, found.shares)
 
@@ -308,5 +348,6 @@ def _grad_own_keys(
         len(tiles),
         run.heads,
         scale,
+        run.dropped,
         run.plan.own_from_slots,
     )

@@ -41,6 +41,8 @@ class Shape(NamedTuple):
     """Precision of products in float32: "ieee" or "tf32"."""
     lift: bool
     """Convert operands to float32 first: Triton's interpreter multiplies bits of bfloat16."""
+    quads: bool = False
+    """Whether the keys of each tile lie in quads, see dropout.py; of no meaning without dropout."""
 
 
 class Piece(NamedTuple):

@@ -24,7 +24,7 @@ import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from colonnade.backends.environment import cache_folder, is_on
-from colonnade.backends.triton.configurations import Configuration, Kernel
+from colonnade.backends.triton.configurations import Configuration, Kernel, Words
 
 Launch = Callable[[Configuration], object]
 """Launches a kernel, at a configuration."""
@@ -48,6 +48,8 @@ class Sizes(NamedTuple):
     slots: int
     longest: int
     """Most queries of a row."""
+    words: Words = "none"
+    """How words that drop weights are computed."""
 
     def path(self) -> Path:
         """Return the file that keeps the configuration for these sizes.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colonnade.plan.places import Places
 from colonnade.plan.table import Plan
 
 PROGRAMS = 1024
@@ -33,6 +34,30 @@ def gather(plan: Plan) -> Tensor:
 def shift(plan: Plan) -> Tensor:
     """Return [heads], how many queries of a block come before its first own key."""
     return plan.shift.clamp(max=FARTHEST).int()
+
+
+class Placed(NamedTuple):
+    """The places of queries, keys and slots, see `plan.places`.
+
+    Attributes:
+        document: [q_len], the number of the document of each query.
+        query: [q_len], the position of each query in its sequence.
+        own: [heads or 1, positions], the position of each key, or of each slot if own keys are
+            slots.
+        slot: [heads, slots], the position of the key that fills each slot.
+    """
+
+    document: Tensor
+    query: Tensor
+    own: Tensor
+    slot: Tensor
+
+
+def placed(plan: Plan, places: Places) -> Placed:
+    """Return the places as lists for kernels."""
+    slot = places.slots(plan.gather).int()
+    own = slot if plan.own_from_slots else places.key.int()
+    return Placed(places.document.int(), places.query.int(), own, slot)
 
 
 def pieces(plan: Plan, queries: int) -> Tensor:
