@@ -20,32 +20,26 @@ constexpr int64_t kVector = 16;
 
 inline int64_t round_to_vectors(int64_t count) { return (count + kVector - 1) / kVector * kVector; }
 
-// What Philox turns into words; 32 bits each.
+// What Philox turns into four words, in this order; 32 bits each.
 struct Counter {
   uint32_t quad, query, head, row;
 };
 
-// Call store(i, w0, w1, w2, w3) with the words of counter(i), for every i below `count`. Compilers
-// turn the loop into vectors.
-template <typename CounterAt, typename Store>
-void philox(uint64_t seed, int64_t count, const CounterAt& counter, const Store& store) {
+// Turn a counter into its words. There is no loop in here: it would keep those around it from being
+// turned into vectors.
+inline void philox(uint64_t seed, Counter& words) {
   const auto low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
-  for (int64_t i = 0; i < count; ++i) {
-    const Counter at = counter(i);
-    uint32_t one = at.quad, two = at.query, three = at.head, four = at.row;
-    const auto turn = [&](uint32_t number) {
-      const uint64_t first = uint64_t{0xD2511F53} * one, second = uint64_t{0xCD9E8D57} * three;
-      one = static_cast<uint32_t>(second >> 32) ^ two ^ (low + number * 0x9E3779B9);
-      three = static_cast<uint32_t>(first >> 32) ^ four ^ (high + number * 0xBB67AE85);
-      two = static_cast<uint32_t>(second);
-      four = static_cast<uint32_t>(first);
-    };
-    // Not a loop, which would keep the outer one from being turned into vectors.
-    [&]<uint32_t... kNumbers>(std::integer_sequence<uint32_t, kNumbers...>) {
-      (turn(kNumbers), ...);
-    }(std::make_integer_sequence<uint32_t, kPhiloxRounds>());
-    store(i, one, two, three, four);
-  }
+  const auto turn = [&](uint32_t number) {
+    const uint64_t first = uint64_t{0xD2511F53} * words.quad;
+    const uint64_t second = uint64_t{0xCD9E8D57} * words.head;
+    words.quad = static_cast<uint32_t>(second >> 32) ^ words.query ^ (low + number * 0x9E3779B9);
+    words.head = static_cast<uint32_t>(first >> 32) ^ words.row ^ (high + number * 0xBB67AE85);
+    words.query = static_cast<uint32_t>(second);
+    words.row = static_cast<uint32_t>(first);
+  };
+  [&]<uint32_t... kNumbers>(std::integer_sequence<uint32_t, kNumbers...>) {
+    (turn(kNumbers), ...);
+  }(std::make_integer_sequence<uint32_t, kPhiloxRounds>());
 }
 
 // Words from `threshold` on are kept, with a factor. `threshold` is at most 2³²; there nothing is
@@ -110,6 +104,35 @@ class Dropout {
   int64_t key_stride_ = 0, first_row_ = 0, first_head_ = 0, first_place_ = 0;
 };
 
+// The words of some quads for one query; its own quad is ignored. Functions of plain pointers,
+// which no other memory aliases, are what compilers turn into vectors.
+inline void words_of_quads(uint64_t seed, const Counter query, const uint32_t* __restrict quads,
+                           int64_t count, uint32_t* __restrict words) {
+  for (int64_t i = 0; i < count; ++i) {
+    Counter counter{quads[i], query.query, query.head, query.row};
+    philox(seed, counter);
+    words[kQuad * i] = counter.quad;
+    words[kQuad * i + 1] = counter.query;
+    words[kQuad * i + 2] = counter.head;
+    words[kQuad * i + 3] = counter.row;
+  }
+}
+
+// The factors of the four keys of a quad for some queries; the counter's query is ignored.
+inline void factors_of_quad(uint64_t seed, const Kept kept, const Counter quad,
+                            const uint32_t* __restrict queries, int64_t count,
+                            float* __restrict first, float* __restrict second,
+                            float* __restrict third, float* __restrict fourth) {
+  for (int64_t i = 0; i < count; ++i) {
+    Counter counter{quad.quad, queries[i], quad.head, quad.row};
+    philox(seed, counter);
+    first[i] = kept.factor_of(counter.quad);
+    second[i] = kept.factor_of(counter.query);
+    third[i] = kept.factor_of(counter.head);
+    fourth[i] = kept.factor_of(counter.row);
+  }
+}
+
 // The factors of one query after the other, for keys that stay the same.
 class FactorsOfKeys {
  public:
@@ -137,16 +160,8 @@ class FactorsOfKeys {
     if (count == 0) return factors_.data();
     // Rounded up, so that nothing is left over from vectors.
     const int64_t quads = round_to_vectors(index_[count - 1] / kQuad + 1);
-    uint32_t* __restrict words = words_.data();
-    const uint32_t* __restrict quad = quads_.data();
-    philox(seed, quads, [&](int64_t i) {
-      return Counter{quad[i], query.query, query.head, query.row};
-    }, [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
-      words[kQuad * i] = one;
-      words[kQuad * i + 1] = two;
-      words[kQuad * i + 2] = three;
-      words[kQuad * i + 3] = four;
-    });
+    words_of_quads(seed, query, quads_.data(), quads, words_.data());
+    const uint32_t* __restrict words = words_.data();
     float* __restrict factors = factors_.data();
     if (in_order_) {
       const uint32_t* from = words + index_[0];
@@ -186,20 +201,10 @@ class FactorsOfQueries {
     if (key / kQuad != quad_ || begin != begin_) {
       quad_ = key / kQuad;
       begin_ = begin;
-      const auto quad = static_cast<uint32_t>(quad_);
-      const uint32_t head = head_, row = row_;
-      const uint32_t* __restrict queries = queries_.data() + begin;
-      float* __restrict first = factors_[0].data() + begin;
-      float* __restrict second = factors_[1].data() + begin;
-      float* __restrict third = factors_[2].data() + begin;
-      float* __restrict fourth = factors_[3].data() + begin;
-      philox(seed, end - begin, [&](int64_t i) { return Counter{quad, queries[i], head, row}; },
-             [&](int64_t i, uint32_t one, uint32_t two, uint32_t three, uint32_t four) {
-        first[i] = kept.factor_of(one);
-        second[i] = kept.factor_of(two);
-        third[i] = kept.factor_of(three);
-        fourth[i] = kept.factor_of(four);
-      });
+      const Counter quad{static_cast<uint32_t>(quad_), 0, head_, row_};
+      factors_of_quad(seed, kept, quad, queries_.data() + begin, end - begin,
+                      factors_[0].data() + begin, factors_[1].data() + begin,
+                      factors_[2].data() + begin, factors_[3].data() + begin);
     }
     return factors_[key % kQuad].data();
   }
