@@ -12,7 +12,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
-    CompileConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,11 +29,13 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from colonnade import FixedPattern, KVCache
+from colonnade.bench.sections import fill
 from colonnade.bench.timing import Comparison, compare
 from colonnade.hf import (
     FixedCache,
     SparseTransformerConfig,
     SparseTransformerForCausalLM,
+    compile_config,
     retrofit,
 )
 from colonnade.info import info
@@ -85,6 +86,25 @@ def main() -> None:
 
 def _write(found: dict[str, Any]) -> None:
     (HERE / "decoding.json").write_text(json.dumps(found, indent=1) + "\n")
+    page = HERE.parent / "docs" / "decoding.md"
+    page.write_text(fill(page.read_text(), "compiled", _lines(found["compiled"]["rows"])))
+
+
+def _lines(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of the page: tokens a second, compiled and not."""
+    yield ""
+    yield "| | tokens a second, compiled | uncompiled | compiled, times as many | first call, s |"
+    yield "|---|---|---|---|---|"
+    for name, row in rows.items():
+        compiled, other = (
+            row["calls"] / row["seconds"][key]["median"] for key in ("ours", "uncompiled")
+        )
+        ratio = row["ratio"]["uncompiled"]
+        yield (
+            f"| {name} | {compiled:.0f} | {other:.0f} | {ratio['median']:.2f} "
+            f"({ratio['low']:.2f}–{ratio['high']:.2f}) | {row['first_call']:.0f} |"
+        )
+    yield ""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -220,25 +240,23 @@ def _generate(
 
 def _compiled() -> dict[str, Any]:
     """Compare `generate` over a cache of fixed size, compiled, with today's over one that grows."""
-    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for prompt in (SHORT_PROMPT, PROMPT):
         for dtype in DTYPES:
             for model in ("retrofitted Llama", "Sparse Transformer"):
                 name = f"{_name(dtype)}, {model}, {prompt:,} tokens before"
-                found[name] = _compiled_generation(name, _models(model, dtype)[0], prompt)
-    return found
+                rows[name] = _compiled_generation(name, _models(model, dtype)[0], prompt)
+    machine = info(["torch", "transformers"], build=True).for_measurement()
+    return {"machine": machine, "rows": rows}
 
 
 def _compiled_generation(name: str, model: Any, prompt: int) -> dict[str, Any]:
     """Return a comparison, the seconds of the first call, and the share of equal tokens."""
     ids = torch.randint(1, 256, (1, prompt))
-    options = {"cpp.threads": 1}
-    config = CompileConfig(fullgraph=True, mode=None, options=options)  # type: ignore[arg-type]
-    config._compile_all_devices = True  # type: ignore[assignment]  # Annotated by its default.
     room = prompt + NEW_TOKENS
     uncompiled = _generate(model, ids, FixedCache(model.config, room), COMPILED_ROUNDS + 2)
     static = FixedCache(model.config, room, static=True)
-    compiled = _generate(model, ids, static, COMPILED_ROUNDS + 3, compile_config=config)
+    compiled = _generate(model, ids, static, COMPILED_ROUNDS + 3, compile_config=compile_config())
     begin = time.perf_counter()
     tokens = compiled()
     first = time.perf_counter() - begin

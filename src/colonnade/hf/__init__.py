@@ -16,6 +16,7 @@ from transformers import (
 from colonnade.hf.attention import attention_function
 from colonnade.hf.cache import FixedCache
 from colonnade.hf.checkpoint import keep_attention, load
+from colonnade.hf.compiling import compile_config
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.mask import mask_function
 from colonnade.hf.model import SparseTransformerForCausalLM, SparseTransformerModel
@@ -36,6 +37,7 @@ __all__ = [
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
     "byte_tokenizer",
+    "compile_config",
     "load",
     "retrofit",
 ]
