@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,7 @@ def test_rows_are_reordered(pattern: Patterns) -> None:
 def test_it_is_cropped_to_what_is_still_there(pattern: Patterns) -> None:
     """As a cache that grows, once that has let go of everything that it can."""
     tensors, other = draw(30, batch=2), draw(30, batch=2)
+    every = pattern if isinstance(pattern, tuple) else (pattern,)
     for length in (1, 4, 7, 13):
         for shorter in range(length + 1):
             growing, static = KVCache(pattern, 30), KVCache(pattern, 30, static=True)
@@ -196,8 +198,12 @@ def test_it_is_cropped_to_what_is_still_there(pattern: Patterns) -> None:
                     cache, span(tensors, 0, length), [length // 2, *[1] * (length - length // 2)]
                 )
             growing.evict()
+            # A window that has gone on has no room for what comes back into it.
+            over = any(isinstance(p, LocalPattern) and length > p.window for p in every)
             try:
                 growing.crop(shorter)
+                if over and 0 < shorter < length:
+                    raise ValueError
             except ValueError:
                 with pytest.raises(ValueError, match=r"what a shorter sequence reads is gone"):
                     static.crop(shorter)
@@ -285,3 +291,40 @@ def test_modes_may_change_on_the_way() -> None:
     with torch.inference_mode():
         decode(cache, each(Tensor.clone, span(tensors, 0, 7)), [5, 1, 1])
     check_equal(decode(cache, span(tensors, 7), [1] * 11), whole(MERGED, tensors, first=7))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("pattern", [LocalPattern(3), (LocalPattern(3), FixedPattern(4, 1))])
+def test_a_window_that_has_gone_on_is_not_cropped(pattern: Any) -> None:
+    """What came before is written over. It would be read by a second crop, in silence."""
+    tensors = torch.randn(3, 1, 2, 7, 4, dtype=torch.float64)
+    cache = KVCache(pattern, 12, static=True)
+    cache.attend(*tensors)
+    with pytest.raises(ValueError, match="must be at least 7, or 0"):
+        cache.crop(6)
+    assert cache.seq_len == 7
+    cache.crop(0)
+    assert cache.seq_len == 0
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 3), (8, 8, 5), (8, 8, 3), (9, 8, 6), (6, 6, 5)])
+def test_a_crop_into_any_block_where_every_column_is_a_summary(sizes: tuple[int, int, int]) -> None:
+    """The last block, too, which nobody reads from outside."""
+    room, length, shorter = sizes
+    query, key, value = torch.randn(3, 1, 2, room, 4, dtype=torch.float64)
+    cache, growing = KVCache(FixedPattern(4, 4), room, static=True), KVCache(FixedPattern(4, 4))
+    for either in (cache, growing):
+        either.attend(query[:, :, :length], key[:, :, :length], value[:, :, :length])
+        either.crop(shorter)
+    for position in range(shorter, room):
+        step = [t[:, :, position : position + 1] for t in (query, key, value)]
+        torch.testing.assert_close(cache.attend(*step), growing.attend(*step))
+
+
+def test_it_is_pickled() -> None:
+    query, key, value = torch.randn(3, 1, 2, 9, 4)
+    cache = KVCache(FixedPattern(4, 1), 12, static=True)
+    cache.attend(query[:, :, :7], key[:, :, :7], value[:, :, :7])
+    other = pickle.loads(pickle.dumps(cache))
+    last = query[:, :, 7:8], key[:, :, 7:8], value[:, :, 7:8]
+    assert torch.equal(cache.attend(*last), other.attend(*last))

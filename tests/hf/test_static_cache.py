@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -218,3 +219,14 @@ def test_another_attention_does_not_read_it_compiled() -> None:
         step = torch.compile(model, fullgraph=True, backend="eager")
         with pytest.raises(Exception, match="works with attn_implementation='colonnade'"):
             step(ids[:, :1], past_key_values=cache)
+
+
+def test_it_is_made_in_inference_mode_and_used_outside() -> None:
+    model = _uniform("llama")
+    ids = torch.randint(1, 50, (1, 7))
+    with torch.inference_mode():
+        cache = FixedCache(model.config, 12, static=True)
+    with torch.no_grad():
+        found = model(ids, past_key_values=cache).logits
+        assert torch.equal(found, model(ids, use_cache=False).logits)
+    assert pickle.loads(pickle.dumps(cache)).get_seq_length() == 7

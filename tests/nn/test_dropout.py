@@ -130,5 +130,5 @@ def test_the_layer_says_what_runs_with_a_cache() -> None:
     assert found.backend == "eager"
     with pytest.raises(ValueError, match="not both"):
         layer.explain(x, cu_seqlens=torch.tensor([0, 5]), padding_mask=torch.ones(2, 5) > 0)
-    with pytest.raises(NotImplementedError, match="a cache takes no dropout"):
+    with pytest.raises(NotImplementedError, match="takes no dropout with a cache"):
         SelfAttention(8, 4, FixedPattern(4, 1), dropout=0.1).explain(x, layer.new_cache())

@@ -119,3 +119,24 @@ def test_a_prompt_breaks_the_graph_or_says_what_to_do() -> None:
         cache = layer.new_cache(21, static=True)
         found = torch.cat([broken(part, cache) for part in x.split([9, 1, 1, 5, 1, 4], 1)], 1)
         torch.testing.assert_close(found, layer(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.plain
+def test_caches_of_several_sizes_compile() -> None:
+    """For the second size a compiler takes it for a symbol, which no text can hold."""
+    torch.compiler.reset()
+    pattern = FixedPattern(4, 1)
+    query, key, value = torch.randn(3, 1, 2, 8, 4)
+
+    def step(cache: KVCache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return cache.attend(query, key, value)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for room in (12, 17, 21):
+            cache, growing = KVCache(pattern, room, static=True), KVCache(pattern)
+            for either in (cache, growing):
+                either.attend(query[:, :, :6], key[:, :, :6], value[:, :, :6])
+            for position in (6, 7):
+                last = [t[:, :, position : position + 1] for t in (query, key, value)]
+                torch.testing.assert_close(compiled(cache, *last), growing.attend(*last))

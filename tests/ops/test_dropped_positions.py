@@ -325,3 +325,21 @@ def test_a_compiler_drops_the_same_weights(backend: str) -> None:
         arguments = query, key, value, mask, ends, _drop(p)
         for found, expected in zip(compiled(*arguments), run(*arguments), strict=True):
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.plain
+@pytest.mark.parametrize("seed", [4282876139, 2**31, -1, SEED, 7])
+def test_inductor_computes_the_same_words(seed: int) -> None:
+    """Products that overflow came out otherwise where its C++ is not vectors, for some seeds."""
+    torch.compiler.reset()
+    query, key, value = _tensors(2, 33, 33, "reference")
+    dropout = Dropout(0.3, torch.tensor([seed]))
+
+    def run(query: Tensor, dropout: Dropout) -> Tensor:
+        return attend(query, key, value, FixedPattern(8, 4), dropout=dropout, backend="reference")[
+            0
+        ]
+
+    found = torch.compile(run, fullgraph=True)(query, dropout)
+    torch.testing.assert_close(found, run(query, dropout))

@@ -151,15 +151,23 @@ def philox(counter: Words, seed: Seed) -> Words:
     keys = seed & WORD, seed >> 32 & WORD
     for step in range(ROUNDS):
         key, other_key = (k + step * by & WORD for k, by in zip(keys, KEY_STEPS, strict=True))
-        # A product has 64 bits, and wraps into the sign; its halves are right all the same.
-        first, second = one * MULTIPLIERS[0], three * MULTIPLIERS[1]
-        one, three = _high(second) ^ two ^ key, _high(first) ^ four ^ other_key
-        two, four = second & WORD, first & WORD
+        (first_high, first_low), (second_high, second_low) = (
+            _halves(word, by) for word, by in zip((one, three), MULTIPLIERS, strict=True)
+        )
+        one, three = second_high ^ two ^ key, first_high ^ four ^ other_key
+        two, four = second_low, first_low
     return one, two, three, four
 
 
-def _high(product: Tensor) -> Tensor:
-    return product >> 32 & WORD
+def _halves(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """Return the high and the low word of a product.
+
+    Nothing in between has more than 49 bits: what overflows in C++ that a compiler of PyTorch
+    writes may come out as anything.
+    """
+    low = word * (multiplier & 0xFFFF)
+    high = word * (multiplier >> 16) + (low >> 16)
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def multiply_(weights: Tensor, factors: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from colonnade.backends.tracing.device import on_device
 from colonnade.cache.store import KeysAndValues, Store
 from colonnade.ops.heads import HeadGroup
-from colonnade.pattern import FixedPattern, Pattern
+from colonnade.pattern import FixedPattern, LocalPattern, Pattern
 from colonnade.plan.kept import Lengths, begin_of_shorter, grouped, kept_begin, num_kept
 from colonnade.plan.static import (
     Sizes,
@@ -149,11 +149,11 @@ class StaticStore:
         for row, wanted in zip(self.rows, seq_lens, strict=True):
             seq_len = min(wanted, row.seq_len)
             begin = begin_of_shorter(self.pattern, row, seq_len)
-            if begin is None:
+            # A ring that has been round has written over what came before its window.
+            is_over = isinstance(self.pattern, LocalPattern) and row.begin > 0
+            if begin is None or (is_over and 0 < seq_len < row.seq_len):
                 fixed = isinstance(self.pattern, FixedPattern)
-                least = (
-                    f"{row.begin}, or a multiple of stride" if fixed else f"{row.seq_len - 1}, or 0"
-                )
+                least = f"{row.begin}, or a multiple of stride" if fixed else f"{row.seq_len}, or 0"
                 raise ValueError(
                     f"seq_len must be at least {least}: what a shorter sequence reads is gone; "
                     f"got seq_len={seq_len} for {self.pattern}. A cache with static=True has no "
@@ -180,8 +180,8 @@ class StaticStore:
         if len(rows) != len(self.seq_len):
             raise ValueError(
                 f"a cache with static=True keeps its number of batch rows, {len(self.seq_len)}, "
-                f"got index of {len(rows)} rows. Repeat or select rows before the first positions, "
-                "or use a cache without static=True."
+                f"got index of {len(rows)} rows. Repeat or select rows of the inputs, or use a "
+                "cache without static=True."
             )
         index = on_device(index.clone(), self.seq_len.device)
         for tensor in (*self.buffers, self.seq_len, self.is_new):

@@ -40,6 +40,8 @@ class StaticGroups:
         self.max_seq_len = max_seq_len
         self.stores: list[StaticStore] = []
         self.uncompiled = caller_without_compiler()
+        # Made here: for another cache a compiler takes the number for a symbol, and writes no text.
+        self._rule = f"the cache has room for max_seq_len={max_seq_len} positions, got more."
         self._of_chunk: Layout | None = None
 
     @property
@@ -115,13 +117,20 @@ class StaticGroups:
         assert layout is not None, "there are stores"
         return [store.buffers for store in self.stores], layout
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a process has to make for itself."""
+        return {name: each for name, each in self.__dict__.items() if name != "uncompiled"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a cache that was copied, or pickled."""
+        self.__dict__.update(state, uncompiled=caller_without_compiler())
+
     def _require_room(self, is_token: Bool[Tensor, "batch 1"] | None) -> None:
         """Refuse more than `max_seq_len` positions; in a graph, when that runs."""
         before = self.stores[0].seq_len
         after = before + (1 if is_token is None else is_token[:, 0])
         if torch.compiler.is_compiling() or is_capturing(before.device):
-            rule = f"the cache has room for max_seq_len={self.max_seq_len} positions, got more."
-            torch._assert_async((after <= self.max_seq_len).all(), rule)
+            torch._assert_async((after <= self.max_seq_len).all(), self._rule)
         elif max(after.tolist(), default=0) > self.max_seq_len:
             raise ValueError(too_many(self.max_seq_len, max(before.tolist()), 1))
 

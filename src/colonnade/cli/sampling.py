@@ -36,8 +36,8 @@ def sample(
     of positions. Of a longer prompt it reads only the end, half as many bytes as it has positions;
     and whenever the positions are used up, it continues from that many of the last bytes.
 
-    For 6,000 bytes and more the step of a byte is compiled first, where torch.compile works. That
-    takes 7 to 20 seconds after the first byte, and makes the others faster.
+    For 6,000 bytes and more the step of a byte is compiled, where torch.compile works: bytes stop
+    for 7 to 20 seconds after the first one, and then come faster.
     """
     with one_line_for_mistakes():
         from transformers import set_seed

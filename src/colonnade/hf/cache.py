@@ -293,8 +293,17 @@ class FixedCache(Cache):
         self._begun, self._padding = announced.begun, announced.padding
         return layer.update(key_states, value_states, announced.is_token)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a process has to make for itself."""
+        return {name: each for name, each in self.__dict__.items() if name != "_uncompiled"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a cache that was copied, or pickled."""
+        self.__dict__.update(state)
+        self._uncompiled = caller_without_compiler() if self.is_compileable else None
+
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget every position; with static=True the buffers, and so all sizes, stay."""
         super().reset()
         self._announced = self._padding = self._begun = None
 

@@ -42,7 +42,10 @@ class FixedLayer(CacheLayerMixin):
         self.given: Entries | None = None
         self.is_compileable = static
         # A tensor, so that a compiled step counts without being compiled again.
-        self._seen = torch.zeros((), dtype=torch.long, device="cpu") if static else 0
+        self._seen: int | Tensor = 0
+        if static:  # Counted on in whatever mode.
+            with torch.inference_mode(False):
+                self._seen = torch.zeros((), dtype=torch.long, device="cpu")
 
     def __repr__(self) -> str:
         return repr(self.kv)
@@ -90,7 +93,8 @@ class FixedLayer(CacheLayerMixin):
         entries = self.kv.append(in_type_of(value_states, key_states), value_states, is_token)
         if isinstance(self._seen, Tensor):
             if not self.is_initialized:
-                self._seen = self._seen.to(key_states.device)
+                with torch.inference_mode(False):
+                    self._seen = self._seen.to(key_states.device)
                 torch._dynamo.mark_static_address(self._seen)
             self._seen.add_(key_states.shape[2])
         else:

@@ -225,7 +225,8 @@ class SelfAttention(nn.Module):
             )
         if dropout > 0:
             raise NotImplementedError(
-                f"a cache takes no dropout, got dropout={dropout} in training. Call eval() first."
+                f"the layer takes no dropout with a cache, got dropout={dropout} in training. Call "
+                "eval() first; cache.append and cache.read(…, dropout_p=) take it."
             )
 
     def project(self, x: Hidden, rotary: Rotary | None = None) -> tuple[Query, Key, Value]:

@@ -54,8 +54,11 @@ def static_sizes(pattern: Pattern, max_seq_len: int, num_kv_heads: int) -> Sizes
     tail = min(pattern.stride, max_seq_len)
     if pattern.part == "local":
         return Sizes(0, tail)
-    if pattern.part == "merged":  # Nobody reads the last block from outside.
-        return Sizes(num_slots(pattern, max_seq_len - 1), tail)
+    if pattern.part == "merged":
+        # Nobody reads the last block from outside. But where every column is a summary, a crop may
+        # lead into any block, whose positions are then found in their slots.
+        last = max_seq_len - (pattern.summary < pattern.stride)
+        return Sizes(num_slots(pattern, last), tail)
     first = min(pattern.summary_columns(head).start for head in range(num_kv_heads))
     of_last = min(max(max_seq_len % pattern.stride - first, 0), pattern.summary)
     return Sizes(num_slots(pattern, max_seq_len) + of_last, 1)

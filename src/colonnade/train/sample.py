@@ -26,7 +26,8 @@ class Report:
 
     Attributes:
         prompt_seconds: Time to the first new byte, summed over all windows.
-        seconds: Time from the first new byte to the last, summed over all windows.
+        compile_seconds: Time that the first two compiled steps took, which compile.
+        seconds: Time from the first new byte to the last, summed over all windows, but for that.
         num_bytes: Number of bytes that were written in `seconds`.
         seen: Number of positions that the cache of the last window had seen.
         kept: Number of entries that each key head kept of them.
@@ -34,6 +35,7 @@ class Report:
     """
 
     prompt_seconds: float = 0.0
+    compile_seconds: float = 0.0
     seconds: float = 0.0
     num_bytes: int = 0
     seen: int = 0
@@ -42,8 +44,9 @@ class Report:
 
     def __str__(self) -> str:
         rate = f"{self.num_bytes / self.seconds:,.0f} bytes a second, " if self.num_bytes else ""
+        compiling = f" and {self.compile_seconds:.1f} s of compiling" * (self.compile_seconds > 0)
         return (
-            f"{rate}after {self.prompt_seconds:.2f} s of reading; the cache kept "
+            f"{rate}after {self.prompt_seconds:.2f} s of reading{compiling}; the cache kept "
             f"{self.kept:,} entries a head of {self.seen:,} positions, "
             f"{self.cache_bytes / 1024:,.0f} KiB"
         )
@@ -106,9 +109,13 @@ def continue_bytes(
             streamer=stream,
             **options,
         )
+        first = 1
+        if compiles and report.seen == 0 and len(stream.times) > 3:
+            first = 3
+            report.compile_seconds = stream.times[3] - stream.times[1]
         report.prompt_seconds += stream.times[1] - stream.times[0]
-        report.seconds += stream.times[-1] - stream.times[1]
-        report.num_bytes += len(stream.times) - 2
+        report.seconds += stream.times[-1] - stream.times[first]
+        report.num_bytes += len(stream.times) - 1 - first
         report.seen, report.kept = cache.get_seq_length(), cache.num_stored
         report.cache_bytes = cache.nbytes
     return report
