@@ -34,7 +34,7 @@ def behind_cache(
             before = cache.layers[0].kv.lengths
         goes_on = first >= (1 if of_images else before)
         goes_on = goes_on if comes is None else goes_on | ~comes
-        require(goes_on.all(), _GOES_ON, lambda: "other positions")
+        require(goes_on.all(), _GOES_ON_COMPILED, lambda: "other positions")
         return Batch()
     held = _held(cache, int(seen), hidden, padding, positions)
     present = [True] * len(first) if comes is None else comes.tolist()
@@ -189,6 +189,10 @@ def _last_in(cache: Cache | None, seen: int) -> int:
     return last if end == seen else -1
 
 
+_GOES_ON_COMPILED = (
+    "position_ids must go on where the row in the cache ends, or jump forward, in a compiled call: "
+    "call the model uncompiled for a document that restarts at 0"
+)
 _GOES_ON = (
     "position_ids must go on where the row in the cache ends, jump forward, or restart at 0 for a "
     "document of its own"
