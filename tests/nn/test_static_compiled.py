@@ -57,7 +57,14 @@ def _steps(
 
 
 @each_pattern
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float64)),
+    ],
+    ids=str,
+)
 def test_a_compiled_step_is_the_layer(pattern: Patterns, dtype: torch.dtype) -> None:
     """Across the ends of blocks, and with another cache of these sizes afterwards."""
     layer = SelfAttention(16, 4, pattern, 2).to(dtype)
