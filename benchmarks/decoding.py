@@ -252,7 +252,7 @@ def _compiled() -> dict[str, Any]:
 
 def _compiled_generation(name: str, model: Any, prompt: int) -> dict[str, Any]:
     """Return a comparison, the seconds of the first call, and the share of equal tokens."""
-    torch.compiler.reset()  # It compiles one function for so many models only.
+    torch.compiler.reset()  # Dynamo stops after a few compilations of one function.
     ids = torch.randint(1, 256, (1, prompt))
     room = prompt + NEW_TOKENS
     uncompiled = _generate(model, ids, FixedCache(model.config, room), COMPILED_ROUNDS + 2)

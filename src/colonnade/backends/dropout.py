@@ -57,7 +57,8 @@ class Dropout(NamedTuple):
     def drawn(self, device: torch.device) -> Dropout:
         """Return the same with a seed, which comes from the default generator of the device.
 
-        It stays on the device: nothing waits for it, and a captured graph draws anew when it runs.
+        It stays on the device, so nothing waits for it, and a captured graph draws a new one each
+        time it runs.
         Activation checkpointing puts the generator back before it recomputes.
         """
         if self.p == 0 or self.seed is not None:

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from colonnade.backends.tracing.device import on_device
-from colonnade.cache.store import KeysAndValues, Store
+from colonnade.cache.store import KeysAndValues, Store, shorter_rows
 from colonnade.ops.heads import HeadGroup
-from colonnade.pattern import FixedPattern, LocalPattern, Pattern
-from colonnade.plan.kept import Lengths, begin_of_shorter, grouped, kept_begin, num_kept
+from colonnade.pattern import LocalPattern, Pattern
+from colonnade.plan.kept import Lengths, grouped, kept_begin, num_kept
 from colonnade.plan.static import (
     Sizes,
     destinations,
@@ -145,22 +145,12 @@ class StaticStore:
         Raises:
             ValueError: A row would read what is gone.
         """
-        rows = []
-        for row, wanted in zip(self.rows, seq_lens, strict=True):
-            seq_len = min(wanted, row.seq_len)
-            begin = begin_of_shorter(self.pattern, row, seq_len)
-            # A ring that has been round has written over what came before its window.
-            is_over = isinstance(self.pattern, LocalPattern) and row.begin > 0
-            if begin is None or (is_over and 0 < seq_len < row.seq_len):
-                fixed = isinstance(self.pattern, FixedPattern)
-                least = f"{row.begin}, or a multiple of stride" if fixed else f"{row.seq_len}, or 0"
-                raise ValueError(
-                    f"seq_len must be at least {least}: what a shorter sequence reads is gone; "
-                    f"got seq_len={seq_len} for {self.pattern}. A cache with static=True has no "
-                    "room for more; one without keeps it after cache.evicting = False."
-                )
-            rows.append(Lengths(seq_len, begin))
-        return rows
+        advice = (
+            "A cache with static=True has no room for more; one without keeps it after "
+            "cache.evicting = False."
+        )
+        is_ring = isinstance(self.pattern, LocalPattern)
+        return shorter_rows(self.pattern, self.rows, seq_lens, advice, is_ring=is_ring)
 
     def crop(self, rows: list[Lengths]) -> None:
         """Let the batch rows end earlier."""

@@ -123,22 +123,10 @@ class Store:
         Raises:
             ValueError: A row would read what is gone.
         """
-        rows = []
-        for row, wanted in zip(self.rows, seq_lens, strict=True):
-            seq_len = min(wanted, row.seq_len)
-            begin = begin_of_shorter(self.pattern, row, seq_len)
-            if begin is None:
-                fixed = isinstance(self.pattern, FixedPattern)
-                least = (
-                    f"{row.begin}, or a multiple of stride" if fixed else f"{row.seq_len - 1}, or 0"
-                )
-                raise ValueError(
-                    f"seq_len must be at least {least}: what a shorter sequence reads is gone; "
-                    f"got seq_len={seq_len} for {self.pattern}. Set cache.evicting = False before "
-                    "you append positions that may have to be taken back."
-                )
-            rows.append(Lengths(seq_len, begin))
-        return rows
+        advice = (
+            "Set cache.evicting = False before you append positions that may have to be taken back."
+        )
+        return shorter_rows(self.pattern, self.rows, seq_lens, advice)
 
     def crop(self, rows: list[Lengths]) -> None:
         """Let the batch rows end earlier."""
@@ -237,6 +225,42 @@ class Store:
             left = room if self.max_seq_len is None else min(room, self.max_seq_len - row.begin)
             tail = max(tail, left)
         return num_slots(self.pattern, row.begin) + tail
+
+
+def shorter_rows(
+    pattern: Pattern,
+    rows: Sequence[Lengths],
+    seq_lens: Sequence[int],
+    advice: str,
+    *,
+    is_ring: bool = False,
+) -> list[Lengths]:
+    """Return the lengths of batch rows once they are cropped; rows that are shorter stay.
+
+    Args:
+        pattern: What the rows read.
+        rows: Their lengths.
+        seq_lens: The lengths that are asked for.
+        advice: The end of the error, for whoever needs what is gone.
+        is_ring: Whether a window is kept in a ring, which overwrites what came before it.
+
+    Raises:
+        ValueError: A row would read what is gone.
+    """
+    found = []
+    for row, wanted in zip(rows, seq_lens, strict=True):
+        seq_len = min(wanted, row.seq_len)
+        begin = begin_of_shorter(pattern, row, seq_len)
+        if begin is None or (is_ring and row.begin > 0 and 0 < seq_len < row.seq_len):
+            least = f"{row.seq_len if is_ring else row.seq_len - 1}, or 0"
+            if isinstance(pattern, FixedPattern):
+                least = f"{row.begin}, or a multiple of stride"
+            raise ValueError(
+                f"seq_len must be at least {least}: what a shorter sequence reads is gone; "
+                f"got seq_len={seq_len} for {pattern}. {advice}"
+            )
+        found.append(Lengths(seq_len, begin))
+    return found
 
 
 def _tokens(tensor: Tensor, is_token: Tensor | None, group: RowGroup) -> Tensor:

@@ -22,7 +22,7 @@ from colonnade.shapes import Gather, Key
 
 
 class Dropped(NamedTuple):
-    """What says which weights of some key heads are dropped."""
+    """The dropout of some key heads, and where their queries and keys are."""
 
     dropout: Dropout
     places: Places

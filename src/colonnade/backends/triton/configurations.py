@@ -16,9 +16,9 @@ Kernel = Literal["forward", "query", "slots", "own"]
 """The forward, and the gradients of queries, of slots and of own keys."""
 KERNELS: tuple[Kernel, ...] = ("forward", "query", "slots", "own")
 Precision = Literal["half", "tf32", "ieee"]
-"""What is multiplied: bfloat16 or float16; float32 in matrix instructions of TF32; float32."""
+"""The products: bfloat16 or float16, float32 by TF32 matrix instructions, or plain float32."""
 Words = Literal["none", "quads", "each"]
-"""How words that drop weights are computed: not at all, for four keys at once, or for each key.
+"""The way to compute random words for dropout: none, four keys at once, or each key alone.
 
 In the last case they take more registers.
 """

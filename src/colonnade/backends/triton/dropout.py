@@ -27,7 +27,7 @@ WORD = tl.constexpr(2**32 - 1)
 
 
 class Dropped(NamedTuple):
-    """What a kernel is handed to tell which weights are kept."""
+    """The dropout of a call, as a kernel takes it."""
 
     seed: Any
     """The address of an int64 on the device."""
@@ -49,13 +49,13 @@ class Dropped(NamedTuple):
     first_head: Any
     """Number of the first query head of the first key head."""
     heads_apart: Any
-    """How far the first query heads of two key heads that follow one another are apart."""
+    """Query heads from the first of one key head to the first of the next."""
     first_position: Any
     """Position of the first key."""
 
 
 class Draws(NamedTuple):
-    """What Philox makes words of for some queries of one head, and the places of keys."""
+    """The counters of some queries of one head, without the keys, and where to find those."""
 
     seed: Any
     query: Any

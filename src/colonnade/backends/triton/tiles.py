@@ -57,7 +57,7 @@ class Piece(NamedTuple):
     first: Any
     """Query r of the piece sees own keys before r + first."""
     own_stop: Any
-    """Where the own keys end that any query of the piece sees."""
+    """The end of the own keys that some query of the piece sees."""
     batch: Any
     head: Any
     member: Any

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Sizes(NamedTuple):
-    """What the fastest configuration depends on; lengths are rounded up to powers of two."""
+    """The sizes that decide which configuration is fastest; lengths are powers of 2, rounded up."""
 
     device: str
     kernel: Kernel
@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
     longest: int
     """Most queries of a row."""
     words: Words = "none"
-    """How words that drop weights are computed."""
+    """The way to compute random words for dropout."""
 
     def path(self) -> Path:
         """Return the file that keeps the configuration for these sizes.
