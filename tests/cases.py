@@ -37,7 +37,12 @@ EXAMPLES: dict[str, Pattern] = {
     "strided": StridedPattern(4),
     "strided local": StridedPattern(4, part="local"),
     "strided summary": StridedPattern(4, part="summary"),
+    "sinks": FixedPattern(5, 1, subblocks=2, sinks=2),
+    "sinks local": FixedPattern(4, 1, part="local", sinks=2),
+    "sinks summary": FixedPattern(5, 2, part="summary", sinks=3),
+    "sinks bidirectional": FixedPattern(4, 1, causal=False, sinks=1),
     "window": LocalPattern(4),
+    "window with sinks": LocalPattern(4, sinks=2),
     "full": FullPattern(),
     "full bidirectional": FullPattern(causal=False),
 }
@@ -174,7 +179,7 @@ def fixed_patterns(
     causal: bool | None = None,
     strides: st.SearchStrategy[int] | None = None,
 ) -> st.SearchStrategy[FixedPattern]:
-    """Draw any FixedPattern, with few summary columns and sub-blocks as often as with many.
+    """Draw any FixedPattern, with few columns, sub-blocks and sinks as often as with many.
 
     Args:
         max_stride: Strides go from 1 to this.
@@ -191,9 +196,15 @@ def fixed_patterns(
         stride = draw(strides)
         summary = draw(st.integers(1, min(stride, draw(limits) or stride)))
         subblocks = draw(st.integers(1, min(stride // summary, draw(limits) or stride)))
-        return FixedPattern(stride, summary, subblocks, draw(parts), draw(directions))
+        sinks = draw(_sinks(stride - subblocks * summary))
+        return FixedPattern(stride, summary, subblocks, draw(parts), draw(directions), sinks=sinks)
 
     return build()
+
+
+def _sinks(most: int) -> st.SearchStrategy[int]:
+    """Draw no sinks as often as some."""
+    return st.just(0) | st.integers(0, min(most, 2)) | st.integers(0, most)
 
 
 def patterns(
@@ -205,7 +216,7 @@ def patterns(
         fixed_patterns(causal=True, strides=strides),
         fixed_patterns(causal=False, strides=strides),
         st.builds(StridedPattern, strides, st.sampled_from(PARTS)),
-        st.builds(LocalPattern, strides),
+        st.builds(LocalPattern, strides, sinks=_sinks(max_stride)),
         st.builds(FullPattern, st.booleans()),
     )
 

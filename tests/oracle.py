@@ -22,11 +22,12 @@ def fixed_set(
     subblocks: int = 1,
     part: str = "merged",
     causal: bool = True,
+    sinks: int = 0,
 ) -> set[int]:
     """Return the positions that position i of n reads.
 
     Block b is the positions [b·stride, (b+1)·stride), and sub-block g its columns
-    [stride - (g+1)·summary, stride - g·summary).
+    [stride - (g+1)·summary, stride - g·summary). Sinks are the first positions of all.
     """
     g = head - subblocks * math.floor(head / subblocks)
     begin = stride * math.floor(i / stride)
@@ -34,7 +35,7 @@ def fixed_set(
     columns = range(stride - (g + 1) * summary, stride - g * summary)
     summaries = {block + column for block in range(0, n, stride) for column in columns}
     read = {"merged": own | summaries, "local": own, "summary": summaries}[part]
-    return read & full_set(i, n, causal)
+    return (read | set(range(sinks))) & full_set(i, n, causal)
 
 
 def strided_set(i: int, n: int, stride: int, part: str = "merged") -> set[int]:
@@ -44,9 +45,9 @@ def strided_set(i: int, n: int, stride: int, part: str = "merged") -> set[int]:
     return {"merged": local | column, "local": local, "summary": column}[part]
 
 
-def local_set(i: int, n: int, window: int) -> set[int]:
+def local_set(i: int, n: int, window: int, sinks: int = 0) -> set[int]:
     """Return the positions that position i of n reads."""
-    return set(range(max(0, i - window + 1), i + 1))
+    return set(range(max(0, i - window + 1), i + 1)) | set(range(min(sinks, i + 1)))
 
 
 def full_set(i: int, n: int, causal: bool = True) -> set[int]:

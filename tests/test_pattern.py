@@ -68,15 +68,21 @@ def test_a_mask_is_made_of_bits_alone(pattern: Pattern) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("part", PARTS)
 def test_every_small_fixed_pattern(part: Part, causal: bool) -> None:
-    """Each stride up to 4, with each summary, number of sub-blocks, and length up to 9."""
+    """Each stride up to 4, with each summary, number of sub-blocks and of sinks, up to length 9."""
     for stride, summary, subblocks in product(range(1, 5), repeat=3):
-        if subblocks * summary <= stride:
-            pattern = FixedPattern(stride, summary, subblocks, part, causal)
+        for sinks in range(stride - subblocks * summary + 1):
+            pattern = FixedPattern(stride, summary, subblocks, part, causal, sinks=sinks)
             for seq_len in range(10):
                 _check_against_the_definition(pattern, seq_len, subblocks)
 
 
-@pytest.mark.parametrize("make", [LocalPattern, *(partial(StridedPattern, part=p) for p in PARTS)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(LocalPattern, sinks=sinks) for sinks in (0, 1, 3, 9)),
+        *(partial(StridedPattern, part=p) for p in PARTS),
+    ],
+)
 def test_every_small_window(make: Callable[[int], Pattern]) -> None:
     """Each stride and each window up to 7, shorter than, as long as and longer than the length."""
     for size, seq_len in product(range(1, 8), range(17)):
@@ -226,7 +232,13 @@ def test_best_stride_is_within_half_a_percent(seq_len: int, summary: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "pattern", [FixedPattern(6, 2, 3), FixedPattern(6, 2, 3, causal=False), StridedPattern(6)]
+    "pattern",
+    [
+        FixedPattern(6, 2, 3),
+        FixedPattern(6, 2, 3, causal=False),
+        FixedPattern(6, 2, sinks=3),
+        StridedPattern(6),
+    ],
 )
 def test_factors(pattern: FixedPattern | StridedPattern) -> None:
     local, summary = pattern.factors()
@@ -243,6 +255,8 @@ def test_factors(pattern: FixedPattern | StridedPattern) -> None:
         (FixedPattern(6, 2, 3, "summary", False), FixedPattern(6, 2, 3, "summary", True)),
         (StridedPattern(6, "local"), StridedPattern(6, "summary")),
         (LocalPattern(6), LocalPattern(7)),
+        (FixedPattern(6, 2, sinks=1), FixedPattern(6, 2)),
+        (LocalPattern(6, sinks=1), LocalPattern(6)),
         (FullPattern(False), FullPattern(True)),
     ],
 )
@@ -256,6 +270,19 @@ def test_patterns_are_values(pattern: Pattern, another: Pattern) -> None:
     with pytest.raises(FrozenInstanceError):
         pattern.causal = True
     assert repr(pattern).startswith(type(pattern).__name__)
+
+
+@pytest.mark.parametrize("pattern", [FixedPattern(6, 2, 3), LocalPattern(6)])
+def test_what_was_pickled_without_sinks_has_none(pattern: Pattern) -> None:
+    """As releases before 0.2 wrote it: every field but this one."""
+    state = {name: value for name, value in vars(pattern).items() if name != "sinks"}
+    assert state != vars(pattern)
+    old: Pattern = object.__new__(type(pattern))
+    vars(old).update(state)
+    again = pickle.loads(pickle.dumps(old))
+    assert again == pattern
+    assert hash(again) == hash(pattern)
+    assert torch.equal(again.mask(20, 3), pattern.mask(20, 3))
 
 
 def _reach(*layers: Tensor) -> Tensor:

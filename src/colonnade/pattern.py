@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
@@ -140,6 +140,10 @@ class FixedPattern(_Factorized):
     For stride 4 and summary 1, row 6 of the merged pattern reads `...####`: the last column of
     block 0, and its own block up to itself.
 
+    With k = `sinks`, every set also holds {j <= i : j < k}, the first k positions of the sequence:
+    pretrained models park attention there (Xiao et al. 2023, "Efficient Streaming Language Models
+    with Attention Sinks", arXiv:2309.17453). The paper has none.
+
     Args:
         stride: Length l of a block, in tokens.
         summary: Number c of columns of every block that all later positions may read, in
@@ -151,6 +155,8 @@ class FixedPattern(_Factorized):
             "summary" the rows before the first summary column read nothing.
         causal: False drops the condition `j <= i`, so that a position reads all of its own block
             and the summaries of all blocks.
+        sinks: Number k of positions at the start of a sequence that all later positions read, in
+            [0, stride - subblocks · summary], so that none of them is a summary too.
 
     Raises:
         TypeError: A count is not an integer, or `causal` is not a bool.
@@ -162,6 +168,7 @@ class FixedPattern(_Factorized):
     subblocks: int = 1
     part: Part = "merged"
     causal: bool = True
+    sinks: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_counts(1, stride=self.stride, subblocks=self.subblocks)
@@ -178,6 +185,13 @@ class FixedPattern(_Factorized):
             )
         self._check_part()
         check_flag("causal", self.causal)
+        check_count("sinks", self.sinks, minimum=0)
+        if self.sinks > (room := self.stride - self.subblocks * self.summary):
+            raise ValueError(
+                f"sinks must be at most stride - subblocks · summary = {room}, got "
+                f"sinks={self.sinks}, stride={self.stride}, subblocks={self.subblocks} and "
+                f"summary={self.summary}. A position of block 0 is a sink or a summary."
+            )
 
     def summary_columns(self, head: int = 0) -> range:
         """Return the columns of a block, counted from its start, that are summaries of `head`."""
@@ -185,12 +199,13 @@ class FixedPattern(_Factorized):
         return range(stop - self.summary, stop)
 
     def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
-        """Return True where `key` is in the block of `query` or is a summary, as `part` says."""
+        """Return True where `key` is in the block of `query`, a summary or a sink; see `part`."""
         columns = self.summary_columns(head)
         offset = key % self.stride
         own = key // self.stride == query // self.stride
         summary = (offset >= columns.start) & (offset < columns.stop)
         read = {"merged": own | summary, "local": own, "summary": summary}[self.part]
+        read = read | (key < self.sinks)
         if self.causal:
             return read & (key <= query)
         return read.expand(torch.broadcast_shapes(query.shape, key.shape))
@@ -198,7 +213,8 @@ class FixedPattern(_Factorized):
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
         """Return the number of pairs (i, j) with j in S_i, i < `seq_len`, from a closed form.
 
-        The causal merged pattern has m·l(l+1)/2 + c·l·m(m-1)/2 pairs over m whole blocks.
+        The causal merged pattern has m·l(l+1)/2 + c·l·m(m-1)/2 pairs over m >= 1 whole blocks, and
+        k·(m-1)·l more with k sinks.
         """
         check_counts(0, seq_len=seq_len, head=head)
         blocks, rest = divmod(seq_len, self.stride)
@@ -210,7 +226,13 @@ class FixedPattern(_Factorized):
         else:
             in_sequence = blocks * self.summary + self._summaries_within(rest, head)
             of_other_blocks = seq_len * in_sequence - of_own_block
-        return {
+        # Block 0 reads its sinks as its own keys, but under part "summary".
+        sinks = self.sinks * max(seq_len - self.stride, 0)
+        if self.part == "summary":
+            sinks = seq_len * min(seq_len, self.sinks)
+            if self.causal:
+                sinks = _pairs_of_at_most(self.sinks, seq_len)
+        return sinks + {
             "merged": own + of_other_blocks,
             "local": own,
             "summary": of_own_block + of_other_blocks,
@@ -291,8 +313,8 @@ class StridedPattern(_Factorized):
         check_counts(0, seq_len=seq_len, head=head)
         above = _sum_of_rows(seq_len, self.stride)
         return {
-            "merged": _window_pairs(seq_len, self.stride) + above,
-            "local": _window_pairs(seq_len, self.stride + 1),
+            "merged": _pairs_of_at_most(self.stride, seq_len) + above,
+            "local": _pairs_of_at_most(self.stride + 1, seq_len),
             "summary": seq_len + above,
         }[self.part]
 
@@ -301,29 +323,39 @@ class StridedPattern(_Factorized):
 class LocalPattern(Pattern):
     """Attention within a window of `window` keys, S_i = {j : i - window < j <= i}.
 
+    With k = `sinks`, every set also holds {j <= i : j < k}: a window with attention sinks (Xiao et
+    al. 2023, arXiv:2309.17453).
+
     Args:
         window: Number of positions that are read, the reading one included.
+        sinks: Number k of positions at the start of a sequence that all later positions read.
 
     Raises:
-        TypeError: `window` is not an integer.
-        ValueError: `window` is below 1.
+        TypeError: A count is not an integer.
+        ValueError: `window` is below 1, or `sinks` below 0.
     """
 
     window: int
+    sinks: int = field(default=0, kw_only=True)
 
     causal = True
 
     def __post_init__(self) -> None:
         check_count("window", self.window, minimum=1)
+        check_count("sinks", self.sinks, minimum=0)
 
     def reads(self, query: Positions, key: Positions, head: int = 0) -> Bool[Tensor, "..."]:
-        """Return True where query - window < key <= query."""
-        return (key <= query) & (key > query - self.window)
+        """Return True where query - window < key <= query, or `key` is a sink before that."""
+        return (key <= query) & ((key > query - self.window) | (key < self.sinks))
 
     def num_pairs(self, seq_len: int, head: int = 0) -> int:
-        """Return m(m+1)/2 + (n-m)·window for n = `seq_len` and m = min(n, window)."""
+        """Return m(m+1)/2 + (n-m)·window for n = `seq_len` and m = min(n, window), without sinks.
+
+        The t-th row behind the window, which loses sight of t positions, reads min(t, sinks) more.
+        """
         check_counts(0, seq_len=seq_len, head=head)
-        return _window_pairs(seq_len, self.window)
+        behind = max(seq_len - self.window, 0)
+        return _pairs_of_at_most(self.window, seq_len) + _pairs_of_at_most(self.sinks, behind)
 
 
 @dataclass(frozen=True)
@@ -386,10 +418,10 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be a bool, got {name}={value!r}.")
 
 
-def _window_pairs(seq_len: int, window: int) -> int:
-    """Return the number of pairs (i, j) with i - window < j <= i and i < `seq_len`."""
-    growing = min(seq_len, window)
-    return growing * (growing + 1) // 2 + (seq_len - growing) * window
+def _pairs_of_at_most(most: int, seq_len: int) -> int:
+    """Return the sum of min(i + 1, `most`) over i < `seq_len`: rows that grow to `most` keys."""
+    growing = min(seq_len, most)
+    return growing * (growing + 1) // 2 + (seq_len - growing) * most
 
 
 def _sum_of_rows(seq_len: int, stride: int) -> int:
