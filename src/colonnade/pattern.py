@@ -232,11 +232,14 @@ class FixedPattern(_Factorized):
             sinks = seq_len * min(seq_len, self.sinks)
             if self.causal:
                 sinks = _pairs_of_at_most(self.sinks, seq_len)
-        return sinks + {
-            "merged": own + of_other_blocks,
-            "local": own,
-            "summary": of_own_block + of_other_blocks,
-        }[self.part]
+        return (
+            sinks
+            + {
+                "merged": own + of_other_blocks,
+                "local": own,
+                "summary": of_own_block + of_other_blocks,
+            }[self.part]
+        )
 
     def _own_summary_pairs(self, length: int, head: int) -> int:
         """Return the number of pairs inside a block of `length` tokens whose key is a summary."""

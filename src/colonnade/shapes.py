@@ -21,14 +21,14 @@ Sizes of a pattern: `stride` (the paper's l) and `summary` (its c). All position
 | block      | positions b·l … (b+1)·l - 1; it is closed once it is complete, open before     |
 | summary    | a column of every block that all later positions read                          |
 | sub-block  | the g-th group of c columns from the end of a block; key heads take turns      |
-| slot       | a gathered summary: a key and a value                                          |
+| sink       | one of the first k positions of a sequence, which all later positions read     |
+| slot       | a gathered sink or summary: a key and a value                                  |
 | own key    | a key of the block that a query lies in                                        |
 | row        | a row of a plan's table: queries of one block, and the keys that they read     |
 | batch row  | one sequence of a batch                                                        |
 | document   | one of several sequences that are packed together, one after the other         |
 | entry      | a key and a value that a cache keeps                                           |
 | tail       | the positions that a cache keeps one by one, behind its slots                  |
-| reduced    | a block of which only the summaries are kept                                   |
 | chunk      | consecutive new positions that a cache is given                                |
 | head group | key heads that read one pattern                                                |
 | window     | the last positions that a query reads (in `train`: a stretch of bytes)         |

@@ -27,6 +27,7 @@ from tests.cases import (
     cases,
     fixed_patterns,
     output,
+    set_of,
 )
 from tests.layouts import LAYOUTS, expanded, laid_out
 from tests.packing import attend_packed, cu_seqlens_of, documents, packed_case
@@ -113,23 +114,24 @@ def test_packed_documents(part: Any) -> None:
     assert again.out[:, :, 9].isnan().all() or part == "summary"
 
 
-@pytest.mark.parametrize("part", ["merged", "summary"])
+@pytest.mark.parametrize(
+    ("part", "sinks"), [("merged", 0), ("summary", 0), ("merged", 1), ("summary", 1), ("local", 1)]
+)
 @pytest.mark.parametrize("q_len", [0, 2, 9])
-def test_blocks_of_which_only_the_summaries_are_kept(part: Any, q_len: int) -> None:
+def test_blocks_of_which_only_the_slots_are_kept(part: Any, sinks: int, q_len: int) -> None:
     """Chunks behind a cache; each key head has the summaries of its own sub-block."""
-    pattern, reduced = FixedPattern(5, 2, subblocks=2, part=part), 2
+    pattern, begin = FixedPattern(5, 2, subblocks=2, part=part, sinks=sinks), 10
     case = Case(pattern, 1, 2, 2, q_len, 19, 8, 8, 0.4)
     query, key, value, *_ = case.inputs(torch.float32)
     expected = both(query.double(), key.double(), value.double(), pattern, "reference", 0.4)
     kept = torch.tensor(
         [
-            [5 * block + column for block in range(reduced) for column in columns]
-            + list(range(5 * reduced, 19))
-            for columns in (pattern.summary_columns(0), pattern.summary_columns(1))
+            sorted(set_of(pattern, begin, 19, head) - {begin}) + list(range(begin, 19))
+            for head in (0, 1)
         ]
     )
     k, v = (torch.stack([t[:, head, kept[head]] for head in (0, 1)], 1) for t in (key, value))
-    found = run(query, k, v, make_call(query, pattern, 0.4, keys=Kept(reduced)), "triton")
+    found = run(query, k, v, make_call(query, pattern, 0.4, keys=Kept(begin)), "triton")
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=0, atol=2e-6)
 

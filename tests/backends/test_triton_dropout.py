@@ -149,7 +149,7 @@ def test_blocks_of_which_only_the_summaries_are_kept(sizes: tuple[int, int]) -> 
         ]
     )
     k, v = (torch.stack([t[:, head, kept[head]] for head in (0, 1)], 1) for t in (key, value))
-    call = make_call(query, pattern, 0.4, given, keys=Kept(reduced))
+    call = make_call(query, pattern, 0.4, given, keys=Kept(whole))
     torch.testing.assert_close(run(query, k, v, call, "triton")[0], expected)
 
 

@@ -142,16 +142,16 @@ class _NoLook(TorchDispatchMode):
 
 @pytest.mark.parametrize("part", ["merged", "local", "summary"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize(("sinks", "p"), [(0, 0.0), (3, 0.5)])
 def test_no_call_waits_for_the_device(
-    part: Any, causal: bool, p: float, launched: list[int]
+    part: Any, causal: bool, sinks: int, p: float, launched: list[int]
 ) -> None:
     """And one that was made before works nothing out again on the host; nobody reads a seed."""
     query = torch.empty(1, 4, 1_000, 64, dtype=torch.bfloat16, device="meta")
     key = torch.empty(1, 2, 1_000, 64, dtype=torch.bfloat16, device="meta")
     lse = torch.empty(1, 4, 1_000, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
-    options = *PlanOptions(48, 5, 2, part, causal, 0, None), 0.1, *Dropout(p, seed)
+    options = *PlanOptions(48, 5, 2, part, causal, sinks, 0, None), 0.1, *Dropout(p, seed)
     for is_first in (True, False):
         with _NoLook() as looks:
             triton._forward(query, key, key, *options)

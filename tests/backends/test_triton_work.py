@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from colonnade import FixedPattern
+from colonnade.backends.call import Call, Kept, Packed, Whole
 from colonnade.backends.planning import PlanOptions, make_places, make_plan
 from colonnade.backends.triton import work
 from colonnade.backends.triton.configurations import (
@@ -20,6 +23,7 @@ from colonnade.backends.triton.configurations import (
     configuration,
     power_of_two,
 )
+from colonnade.plan.kept import num_slots
 from colonnade.plan.places import lie_in_quads
 from colonnade.plan.table import Plan, fixed_plan, heads_by_plan, packed_plan
 from tests.cases import fixed_patterns
@@ -38,10 +42,10 @@ def plans(draw: st.DrawFn) -> tuple[Plan, int]:
     heads = draw(st.sampled_from(heads_by_plan(pattern, HEADS)))
     if draw(st.booleans()):
         return packed_plan(pattern, draw(cuts(kv_len)), heads), kv_len
-    if pattern.causal and pattern.part != "local" and draw(st.booleans()):
-        reduced, rest = draw(st.integers(1, 4)), draw(st.integers(0, 40))
-        kv_len = reduced * pattern.summary + rest
-        return fixed_plan(pattern, draw(st.integers(0, rest)), kv_len, heads, reduced), kv_len
+    if pattern.causal and draw(st.booleans()):
+        begin, rest = pattern.stride * draw(st.integers(1, 4)), draw(st.integers(0, 40))
+        kv_len = num_slots(pattern, begin) + rest
+        return fixed_plan(pattern, draw(st.integers(0, rest)), kv_len, heads, begin), kv_len
     return fixed_plan(pattern, draw(st.integers(0, kv_len)), kv_len, heads), kv_len
 
 
@@ -150,19 +154,18 @@ def test_a_tile_is_no_larger_than_a_row_needs(
 def test_keys_lie_in_quads_where_a_pattern_says_so(data: st.DataObject) -> None:
     """From the first own key of a row on, and from its first slot, as far as they are read."""
     drawn = data.draw(fixed_patterns(max_stride=6))
-    sizes = 4 * drawn.stride, 4 * drawn.summary
-    pattern = FixedPattern(*sizes, drawn.subblocks, drawn.part, drawn.causal)
+    sizes = {name: 4 * getattr(drawn, name) for name in ("stride", "summary", "sinks")}
+    pattern = replace(drawn, **sizes)
     assert lie_in_quads(pattern)
     kv_len = data.draw(st.integers(0, 120))
-    cu_seqlens, reduced, q_len = None, 0, data.draw(st.integers(0, kv_len))
+    keys: Whole | Packed | Kept = Whole()
+    q_len = data.draw(st.integers(0, kv_len))
     if data.draw(st.booleans()):
-        cu_seqlens, q_len = cu_seqlens_of(data.draw(cuts(kv_len))), kv_len
-    elif pattern.causal and pattern.part != "local" and data.draw(st.booleans()):
-        reduced = data.draw(st.integers(1, 3))
-        kv_len += reduced * pattern.summary
-    options = PlanOptions(
-        *sizes, pattern.subblocks, pattern.part, pattern.causal, reduced, cu_seqlens
-    )
+        keys, q_len = Packed(cu_seqlens_of(data.draw(cuts(kv_len)))), kv_len
+    elif pattern.causal and data.draw(st.booleans()):
+        keys = Kept(pattern.stride * data.draw(st.integers(1, 3)))
+        kv_len += num_slots(pattern, keys.begin)
+    options = PlanOptions.of(Call(pattern, 1.0, keys=keys))
     heads = data.draw(st.sampled_from(heads_by_plan(pattern, HEADS)))
     plan = make_plan(options, q_len, kv_len, heads)
     placed = work.placed(plan, make_places(options, q_len, kv_len, heads))

@@ -19,6 +19,8 @@ CAUSAL: dict[str, Patterns] = {
     "stride 1": FixedPattern(1, 1),
     "sub-blocks, summary": FixedPattern(6, 2, subblocks=3, part="summary"),
     "window of 1": LocalPattern(1),
+    "sinks that fill a block": FixedPattern(3, 1, sinks=2),
+    "more sinks than window": LocalPattern(2, sinks=5),
     "multi-head": FixedPattern(4, 1).factors(),
     "three runs": (LocalPattern(3), FullPattern(), FixedPattern(4, 2, part="summary")),
 }

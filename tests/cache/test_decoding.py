@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +14,7 @@ from colonnade.backends.call import Kept
 from colonnade.backends.choice import run
 from colonnade.ops.check import make_call
 from colonnade.ops.heads import Patterns
+from colonnade.pattern import Part
 from tests.cache.common import (
     CAUSAL,
     MERGED,
@@ -30,8 +29,8 @@ from tests.cache.common import (
     span,
     whole,
 )
-from tests.cases import fixed_patterns, mask_of
-from tests.oracle import fixed_set, loop_attention
+from tests.cases import PARTS, fixed_patterns, mask_of, set_of
+from tests.oracle import loop_attention
 
 
 @given(
@@ -75,28 +74,28 @@ def test_rows_of_different_lengths(chunks: list[int], pattern: Patterns) -> None
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", "native"])
-@pytest.mark.parametrize("part", ["merged", "summary"])
+@pytest.mark.parametrize("sinks", [0, 1])
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("q_len", [0, 1, 3, 8])
-def test_every_backend_takes_reduced_blocks(backend: str, part: Any, q_len: int) -> None:
+def test_every_backend_takes_reduced_blocks(
+    backend: str, part: Part, sinks: int, q_len: int
+) -> None:
     if colonnade.backends()[backend] is not None:
         pytest.skip(f"{backend} is not usable here")
     dtype = torch.float32 if backend == "native" else torch.float64
-    pattern = FixedPattern(5, 2, subblocks=2, part=part)
+    pattern = FixedPattern(5, 2, subblocks=2, part=part, sinks=sinks)
     query, key, value = (t.to(dtype) for t in draw(23))
     expected, _ = loop_attention(query, key, value, mask_of(pattern, 23, 3), 6**-0.5)
-    for reduced in range((23 - q_len) // 5 + 1):
+    for begin in range(0, 23 - q_len + 1, 5):
         kept = torch.tensor(
             [
-                sorted(fixed_set(5 * reduced - 1, 23, 5, 2, head, 2, "summary"))
-                + list(range(5 * reduced, 23))
-                if reduced
-                else list(range(23))
+                sorted(set_of(pattern, begin, 23, head) - {begin}) + list(range(begin, 23))
                 for head in range(3)
             ]
         )
         k, v = (torch.stack([t[:, h, kept[h]] for h in range(3)], 1) for t in (key, value))
         q = query[:, :, 23 - q_len :]
-        found, _ = run(q, k, v, make_call(q, pattern, keys=Kept(reduced)), backend)
+        found, _ = run(q, k, v, make_call(q, pattern, keys=Kept(begin)), backend)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6
         torch.testing.assert_close(found, expected[:, :, 23 - q_len :], rtol=0, atol=tolerance)
 

@@ -94,11 +94,18 @@ def test_the_drawn_plan_is_the_pattern(case: Case) -> None:
 
 @given(case=cases(40, fixed_patterns(10)))
 def test_rows_are_runs_of_queries_inside_one_block(case: Case) -> None:
-    """In order, without a gap; only the first row may start in mid-block."""
+    """In order, without a gap; only the first row may start in mid-block.
+
+    But where block 0 has sinks for slots, each of these is a row, and the rest of the block.
+    """
     stride = _stride(case)
     offset = case.kv_len - case.q_len
+    assert isinstance(case.pattern, FixedPattern)
+    by_slot = case.pattern.part == "summary" and case.pattern.causal
+    alone = range(case.pattern.sinks + 1 if by_slot else 0)
     for _, plan in _plans(case):
         rows = table_rows(plan.table)
+        begins = [row.q_begin for row in rows[1:]]
         assert [row.q_begin for row in rows] == [0, *(row.q_end for row in rows[:-1])]
         assert rows[-1].q_end == case.q_len
         for row in rows:
@@ -108,7 +115,7 @@ def test_rows_are_runs_of_queries_inside_one_block(case: Case) -> None:
                 assert row.lead == first % stride
             else:
                 assert row.lead >= row.own_end - row.own_begin
-        assert all((row.q_begin + offset) % stride == 0 for row in rows[1:])
+        assert all((q + offset) % stride == 0 or q + offset in alone for q in begins)
 
 
 def _check_bounds(plan: Plan, kv_len: int) -> None:
@@ -127,25 +134,35 @@ def test_pieces_lie_within_the_sequence(case: Case) -> None:
         _check_bounds(plan, case.kv_len)
 
 
+def _num_slots(pattern: FixedPattern, length: int) -> int:
+    blocks = -(-length // pattern.stride)
+    gathered = {"merged": blocks - 1, "local": 0, "summary": blocks}[pattern.part]
+    has_sinks = blocks > 1 or pattern.part == "summary"
+    return gathered * pattern.summary + pattern.sinks * has_sinks
+
+
 @given(case=cases(40, fixed_patterns(10, causal=True)))
 def test_no_slot_is_gathered_for_nobody(case: Case) -> None:
-    """Every block but the last has its columns gathered once; the last only where A2 is alone."""
+    """Every block but the last has its columns gathered once; the last only where A2 is alone.
+
+    Sinks are gathered where another block reads them, or the first one reads slots alone.
+    """
     pattern = case.pattern
     assert isinstance(pattern, FixedPattern)
     ((_, plan),) = _plans(case)
     rows = table_rows(plan.table)
-    blocks = -(-case.kv_len // pattern.stride)
-    gathered = {"merged": blocks - 1, "local": 0, "summary": blocks}[pattern.part]
-    assert plan.gather.shape == (case.kv_heads, gathered * pattern.summary)
+    assert plan.gather.shape == (case.kv_heads, _num_slots(pattern, case.kv_len))
     last_read = rows[-1].own_end if plan.own_from_slots else rows[-1].slot_end
     assert last_read == plan.gather.shape[1]
 
 
 @given(case=cases(40, fixed_patterns(10, causal=False)))
 def test_a_bidirectional_gather_holds_no_position_twice(case: Case) -> None:
-    """It is the sequence in another order, the summaries first; without summaries, nothing."""
+    """It is the sequence in another order, slots first; without summaries, the sinks."""
     assert isinstance(case.pattern, FixedPattern)
-    everything = [] if case.pattern.part == "local" else list(range(case.kv_len))
+    everything = list(range(case.kv_len))
+    if case.pattern.part == "local":
+        everything = everything[: case.pattern.sinks]
     for heads, plan in _plans(case):
         assert plan.gather.sort(-1).values.tolist() == [everything] * len(heads)
 
@@ -190,6 +207,7 @@ def test_each_query_reads_its_set_of_its_document(
     _check_documents(pattern, lengths, num_kv_heads)
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
@@ -197,8 +215,8 @@ def test_each_query_reads_its_set_of_its_document(
     [[], [0], [0, 0, 0], [1] * 60 + [250] + [1, 0, 2] * 20, [0, 0, 7, 0], [8] * 9],
     ids=["none", "empty", "all empty", "tiny and huge", "empty around", "whole blocks"],
 )
-def test_unlike_documents(lengths: list[int], part: Part, causal: bool) -> None:
-    _check_documents(FixedPattern(8, 2, 3, part, causal), lengths, 4)
+def test_unlike_documents(lengths: list[int], part: Part, causal: bool, sinks: int) -> None:
+    _check_documents(FixedPattern(8, 2, 3, part, causal, sinks=sinks), lengths, 4)
 
 
 @given(
@@ -211,11 +229,8 @@ def test_documents_gather_no_slot_for_nobody(
 ) -> None:
     """As for one sequence: the last block of each document counts under part "summary" alone."""
     plan = packed_plan(pattern, lengths, range(num_kv_heads))
-    gathered = 0
-    for length in filter(None, lengths):
-        blocks = -(-length // pattern.stride)
-        gathered += {"merged": blocks - 1, "local": 0, "summary": blocks}[pattern.part]
-    assert plan.gather.shape == (num_kv_heads, gathered * pattern.summary)
+    gathered = sum(_num_slots(pattern, length) for length in lengths if length > 0)
+    assert plan.gather.shape == (num_kv_heads, gathered)
 
 
 @given(pattern=fixed_patterns(), length=st.integers(1, 40), num_kv_heads=st.integers(1, 4))

@@ -17,7 +17,7 @@ from colonnade.shapes import CuSeqlens, Positions, SeenMask
 class Whole:
     """Every position has its key, and the queries are the last positions."""
 
-    reduced = 0
+    begin = 0
     cu_seqlens = None
 
 
@@ -31,19 +31,20 @@ class Packed:
     """
 
     cu_seqlens: CuSeqlens
-    reduced = 0
+    begin = 0
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The keys hold only the summaries of the leading blocks, as in a cache.
+    """Before a position the keys hold only what all later ones read, as in a cache.
 
-    The pattern is a causal FixedPattern, and the queries are the last positions, behind these
-    blocks. Each key head has the summaries of its own sub-block.
+    These are the slots, sinks and summaries, of a causal FixedPattern or of a LocalPattern, see
+    `plan.kept`; each key head has the summaries of its own sub-block. The queries are the last
+    positions, behind it, and whatever else they read is there.
     """
 
-    reduced: int
-    """Number of leading blocks of which the keys hold only the summary columns."""
+    begin: int
+    """That position; of a FixedPattern the start of a block."""
     cu_seqlens = None
 
 

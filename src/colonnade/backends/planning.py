@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from colonnade.backends.call import Call, Seen
 from colonnade.backends.documents import Documents, documents_of
 from colonnade.backends.tracing.flops import Sizes
 from colonnade.backends.tracing.memo import for_every_call
@@ -27,19 +28,30 @@ class PlanOptions(NamedTuple):
     subblocks: int
     part: Part
     causal: bool
-    reduced: int
-    """Number of leading blocks of which the keys hold only the summary columns."""
+    sinks: int
+    begin: int
+    """Position before which the keys hold only slots, see `call.Kept`."""
     cu_seqlens: Tensor | None
     """The boundaries of packed documents; None if nothing is packed."""
 
     @property
     def pattern(self) -> FixedPattern:
         """The pattern."""
-        return FixedPattern(self.stride, self.summary, self.subblocks, self.part, self.causal)
+        sizes = self.stride, self.summary, self.subblocks
+        return FixedPattern(*sizes, self.part, self.causal, sinks=self.sinks)
+
+    @classmethod
+    def of(cls, call: Call) -> PlanOptions:
+        """Return the options of a call, which is one of a fixed pattern."""
+        p, keys = call.pattern, call.keys
+        assert isinstance(p, FixedPattern)
+        assert not isinstance(keys, Seen)
+        sizes = p.stride, p.summary, p.subblocks, p.part, p.causal, p.sinks
+        return cls(*sizes, keys.begin, keys.cu_seqlens)
 
 
 PLAN_SCHEMA = (
-    "int stride, int summary, int subblocks, str part, bool causal, SymInt reduced, "
+    "int stride, int summary, int subblocks, str part, bool causal, int sinks, SymInt begin, "
     "Tensor? cu_seqlens"
 )
 """`PlanOptions` in the schema of an operation."""
@@ -86,7 +98,7 @@ def _kept(
     """A short sequence's plan takes longer than its attention, and layers share one."""
     with for_every_call(), torch.device("cpu"):
         if documents is None:
-            plan = fixed_plan(options.pattern, q_len, kv_len, heads, options.reduced)
+            plan = fixed_plan(options.pattern, q_len, kv_len, heads, options.begin)
         else:
             plan = packed_plan(options.pattern, documents.lengths, heads)
         return replace(plan, gather=plan.gather.contiguous())
@@ -103,6 +115,6 @@ def _kept_places(
     with for_every_call(), torch.device("cpu"):
         if documents is not None:
             return packed_places(documents.lengths, documents.numbers)
-        if options.reduced:
-            return kept_places(options.pattern, q_len, kv_len, options.reduced, len(heads))
+        if options.begin:
+            return kept_places(options.pattern, q_len, kv_len, options.begin, len(heads))
         return last_places(q_len, kv_len)

@@ -17,8 +17,8 @@ from colonnade.backends.call import Call, Kept, Packed, Seen, Whole
 from colonnade.backends.documents import by_documents, check_documents
 from colonnade.backends.dropout import factors
 from colonnade.backends.tracing.operation import may_decide
-from colonnade.pattern import FixedPattern, HasMask, Pattern
-from colonnade.plan.kept import kept_positions
+from colonnade.pattern import HasMask, Pattern
+from colonnade.plan.kept import kept_positions, num_positions
 from colonnade.plan.places import kept_places, last_places
 from colonnade.shapes import (
     CuSeqlens,
@@ -91,9 +91,9 @@ def _mask(call: Call, q_len: int, kv_len: int, num_kv_heads: int) -> SeenMask:
         every = torch.ones(1, num_kv_heads, 1, kv_len, dtype=torch.bool, device="cpu")
         return every if keys.mask is None else keys.mask
     if isinstance(keys, Kept):
-        assert isinstance(pattern, FixedPattern)
-        seq_len = kv_len + keys.reduced * (pattern.stride - pattern.summary)
-        kept = kept_positions(pattern, seq_len, keys.reduced * pattern.stride, num_kv_heads)
+        assert isinstance(pattern, Pattern)
+        seq_len = num_positions(pattern, kv_len, keys.begin)
+        kept = kept_positions(pattern, seq_len, keys.begin, num_kv_heads)
         whole = pattern.mask(seq_len, num_kv_heads)
         mask = torch.stack([whole[head][:, positions] for head, positions in enumerate(kept)])
     elif isinstance(keys, Packed):
@@ -122,8 +122,8 @@ def _places(
         document, inside = _inside(keys.cu_seqlens, kv_len)
         return document, inside[None], inside[None, None]
     if isinstance(keys, Kept):
-        assert isinstance(pattern, FixedPattern)
-        places = kept_places(pattern, q_len, kv_len, keys.reduced, num_kv_heads)
+        assert isinstance(pattern, Pattern)
+        places = kept_places(pattern, q_len, kv_len, keys.begin, num_kv_heads)
     else:
         places = last_places(q_len, kv_len)
     return places.document, places.query[None], places.key[None]

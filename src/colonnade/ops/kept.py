@@ -149,8 +149,8 @@ def kept_call(
                 places[None, :, group.span.start : group.span.stop],
             )
         return call._replace(keys=keys), group.span
-    if group.reduced:
-        return call._replace(keys=Kept(group.reduced)), None
+    if group.slots:
+        return call._replace(keys=Kept(group.begin)), None
     # Blocks and windows do not notice that positions before the tail are gone.
     return call._replace(dropout=call.dropout._replace(first_position=group.begin)), None
 

@@ -1,4 +1,6 @@
-"""The entries that a decoder keeps, [slots | tail]: summaries, then all positions after them.
+"""The entries that a decoder keeps, [slots | tail]: sinks and summaries, then all positions after.
+
+Slots are what is left of the positions before the tail, because every later position reads it.
 
 Row b of a batch may have its own `seq_len` and `begin`, the position where its tail begins.
 """
@@ -38,8 +40,8 @@ class RowGroup(NamedTuple):
     """New positions."""
     num_kept: int
     """Entries before the new ones."""
-    reduced: int
-    """Number of leading blocks of which only the summaries are kept, and some are."""
+    slots: int
+    """Entries before the tail."""
     span: range | None
     """The entries that one new position reads, where they have no gap and all heads share them."""
 
@@ -116,7 +118,7 @@ def grouped(
                 begin,
                 count,
                 num_kept=slots + seq_len - begin,
-                reduced=num_reduced(pattern, begin),
+                slots=slots,
                 span=span,
             )
         )
@@ -139,16 +141,29 @@ def kept_begin(pattern: Pattern, seq_len: int) -> int:
 
 
 def num_slots(pattern: Pattern, begin: Length) -> Length:
-    """The number of summaries that each key head keeps of the blocks before position `begin`."""
-    summary = pattern.summary if isinstance(pattern, FixedPattern) else 0
-    return num_reduced(pattern, begin) * summary
+    """The number of positions before `begin` that every later position reads: sinks, summaries.
+
+    In a FixedPattern `begin` counts as the start of its block.
+    """
+    if isinstance(pattern, LocalPattern):
+        return begin - (begin > pattern.sinks) * (begin - pattern.sinks)
+    if not isinstance(pattern, FixedPattern):
+        return begin * 0
+    blocks = begin // pattern.stride
+    return blocks * columns_read(pattern) + (blocks > 0) * pattern.sinks
 
 
-def num_reduced(pattern: Pattern, begin: Length) -> Length:
-    """The number of blocks before position `begin` of which a key head keeps the summaries only."""
-    if isinstance(pattern, FixedPattern) and pattern.part != "local":
-        return begin // pattern.stride
-    return begin * 0
+def columns_read(pattern: FixedPattern) -> int:
+    """The number of columns of a block that all later blocks read."""
+    return 0 if pattern.part == "local" else pattern.summary
+
+
+def num_positions(pattern: Pattern, kv_len: int, begin: int) -> int:
+    """The number of positions of which there are `kv_len` entries, the tail beginning at `begin`.
+
+    It undoes `num_kept`.
+    """
+    return kv_len + begin - num_slots(pattern, begin)
 
 
 def num_kept(pattern: Pattern, seq_len: int, begin: int) -> int:
@@ -182,13 +197,17 @@ def begin_of_shorter(pattern: Pattern, row: Lengths, seq_len: int) -> int | None
 
 
 def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gather:
-    """Positions of the summaries of the blocks from `begin` to `end`, counted from `begin`."""
+    """Positions from `begin` to `end` that become slots, sinks first, counted from `begin`."""
+    sinks = torch.arange(0, device="cpu")
+    if isinstance(pattern, LocalPattern) or (isinstance(pattern, FixedPattern) and begin == 0):
+        sinks = torch.arange(begin, max(min(pattern.sinks, end), begin), device="cpu") - begin
+    sinks = sinks.expand(num_kv_heads, -1)
     if not isinstance(pattern, FixedPattern) or pattern.part == "local":
-        return torch.zeros(num_kv_heads, 0, dtype=torch.long, device="cpu")
+        return sinks
     columns = [pattern.summary_columns(head) for head in range(num_kv_heads)]
     of_block = torch.stack([torch.arange(c.start, c.stop, device="cpu") for c in columns])
     first = torch.arange(0, end - begin, pattern.stride, device="cpu")
-    return (first[:, None] + of_block[:, None]).flatten(1)
+    return torch.cat([sinks, (first[:, None] + of_block[:, None]).flatten(1)], 1)
 
 
 def kept_positions(
@@ -226,10 +245,14 @@ def last_span(pattern: Pattern, seq_len: int, begin: int, num_kv_heads: int) -> 
     if isinstance(pattern, FullPattern):
         return range(kept)
     if isinstance(pattern, LocalPattern):
-        return range(max(kept - pattern.window, 0), kept)
+        first = max(kept - pattern.window, 0)
+        if pattern.sinks == 0:
+            return range(first, kept)
+        return range(kept) if first <= pattern.sinks else None
     if not isinstance(pattern, FixedPattern) or kept_begin(pattern, seq_len - 1) != begin:
         return None
     if pattern.part == "summary":
         first = min(pattern.summary_columns(head).start for head in range(num_kv_heads))
-        return range(slots) if seq_len - 1 - begin < first else None
+        read = slots if slots > 0 else min(pattern.sinks, kept)
+        return range(read) if seq_len - 1 - begin < first else None
     return range(kept)

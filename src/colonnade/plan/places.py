@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from colonnade.pattern import FixedPattern
-from colonnade.plan.kept import kept_positions
+from colonnade.pattern import FixedPattern, Pattern
+from colonnade.plan.kept import columns_read, kept_positions, num_positions
 from colonnade.shapes import Gather, Positions
 
 
@@ -42,16 +42,11 @@ def last_places(q_len: int, kv_len: int) -> Places:
     return Places(torch.zeros_like(query), query, torch.arange(kv_len, device="cpu")[None])
 
 
-def kept_places(
-    pattern: FixedPattern, q_len: int, kv_len: int, reduced: int, num_kv_heads: int
-) -> Places:
-    """Return the places of the last `q_len` positions behind blocks that are summaries only.
-
-    These are the first `reduced` blocks, of which there are no other keys.
-    """
-    seq_len = kv_len + reduced * (pattern.stride - pattern.summary)
+def kept_places(pattern: Pattern, q_len: int, kv_len: int, begin: int, num_kv_heads: int) -> Places:
+    """Return the places of the last `q_len` positions, where only slots are left before `begin`."""
+    seq_len = num_positions(pattern, kv_len, begin)
     query = torch.arange(seq_len - q_len, seq_len, device="cpu")
-    key = kept_positions(pattern, seq_len, reduced * pattern.stride, num_kv_heads)
+    key = kept_positions(pattern, seq_len, begin, num_kv_heads)
     return Places(torch.zeros_like(query), query, key)
 
 
@@ -69,4 +64,4 @@ def lie_in_quads(pattern: FixedPattern) -> bool:
     keys of a row then are quads from the first one on, and so are its slots, as far as they are
     read; the last quad may be cut short.
     """
-    return pattern.stride % 4 == 0 and (pattern.part == "local" or pattern.summary % 4 == 0)
+    return all(size % 4 == 0 for size in (pattern.stride, columns_read(pattern), pattern.sinks))

@@ -1,15 +1,16 @@
 """Where a cache of fixed size keeps positions: index arithmetic on tensors, without a branch.
 
-The entries are [slots | tail], both as long as `max_seq_len` positions may ever need. A summary is
-written twice, to its slot and to the tail, so nothing has to move when its block closes:
+The entries are [slots | tail], both as long as `max_seq_len` positions may ever need. A sink or a
+summary is written twice, to its slot and to the tail, so nothing has to move when its block closes:
 
     position p, block b = p // l, offset o = p mod l         FixedPattern, part "merged"
-    slot b·c + column    if o is the column-th summary column of the head
+    slot p               if p < k, the number of sinks
+    slot k + b·c + column    if o is the column-th summary column of the head
     tail o               always; the next block writes over it
 
-Part "local" has the tail alone. Part "summary" reads nothing but summaries, so its tail is a single
-entry that takes what is no summary, and stays 0. A LocalPattern has a ring of `window` entries. A
-StridedPattern and a FullPattern keep every position at its own number.
+Part "local" has sinks and the tail. Part "summary" reads nothing but sinks and summaries, so its
+tail is a single entry that takes what is neither, and stays 0. A LocalPattern has sinks and a ring
+of `window` entries. A StridedPattern and a FullPattern keep every position at its own number.
 """
 
 from __future__ import annotations
@@ -48,20 +49,20 @@ class Written(NamedTuple):
 def static_sizes(pattern: Pattern, max_seq_len: int, num_kv_heads: int) -> Sizes:
     """Return how many entries each key head needs for up to `max_seq_len` positions."""
     if isinstance(pattern, LocalPattern):
-        return Sizes(0, min(pattern.window, max_seq_len))
+        tail = min(pattern.window, max_seq_len)
+        return Sizes(min(pattern.sinks, max_seq_len - tail), tail)
     if not isinstance(pattern, FixedPattern):
         return Sizes(0, max_seq_len)
     tail = min(pattern.stride, max_seq_len)
-    if pattern.part == "local":
-        return Sizes(0, tail)
-    if pattern.part == "merged":
+    if pattern.part != "summary":
         # Nobody reads the last block from outside. But where every column is a summary, a crop may
         # lead into any block, whose positions are then found in their slots.
         last = max_seq_len - (pattern.summary < pattern.stride)
         return Sizes(num_slots(pattern, last), tail)
     first = min(pattern.summary_columns(head).start for head in range(num_kv_heads))
     of_last = min(max(max_seq_len % pattern.stride - first, 0), pattern.summary)
-    return Sizes(num_slots(pattern, max_seq_len) + of_last, 1)
+    closed = max_seq_len // pattern.stride * pattern.summary
+    return Sizes(pattern.sinks + closed + of_last, 1)
 
 
 def first_columns(pattern: Pattern, num_kv_heads: int) -> Int[Tensor, " kv_heads"]:
@@ -88,18 +89,26 @@ def places_of(
     """
     own = position[:, None].expand(-1, first.shape[0])
     if isinstance(pattern, LocalPattern):
-        return Written((own % sizes.tail)[..., None], None)
+        return _written_twice(sizes.slots + own % sizes.tail, own, own < sizes.slots)
     if not isinstance(pattern, FixedPattern):
         return Written(own[..., None], None)
     offset = own % pattern.stride
     tail = sizes.slots + offset
     if pattern.part == "local":
-        return Written(tail[..., None], None)
+        return _written_twice(tail, own, own < min(pattern.sinks, sizes.slots))
     column = offset - first
-    slot = own // pattern.stride * pattern.summary + column
-    is_slot = (column >= 0) & (column < pattern.summary) & (slot < sizes.slots)
+    slot = pattern.sinks + own // pattern.stride * pattern.summary + column
+    is_slot = (column >= 0) & (column < pattern.summary)
+    if pattern.sinks > 0:
+        is_sink = own < pattern.sinks
+        slot, is_slot = torch.where(is_sink, own, slot), is_slot | is_sink
+    is_slot = is_slot & (slot < sizes.slots)
     if pattern.part == "summary":
         return Written(torch.where(is_slot, slot, sizes.slots)[..., None], is_slot[..., None])
+    return _written_twice(tail, slot, is_slot)
+
+
+def _written_twice(tail: Tensor, slot: Tensor, is_slot: Tensor) -> Written:
     return Written(torch.stack([tail, torch.where(is_slot, slot, tail)], -1), None)
 
 
@@ -119,12 +128,19 @@ def static_reads(
         reads = pattern.reads(own, entry)
     elif isinstance(pattern, FixedPattern):
         offset = own % pattern.stride
-        closed = own // pattern.stride * pattern.summary
         if pattern.part == "summary":
-            reads = entry < closed + (offset + 1 - first[:, None]).clamp(0, pattern.summary)
+            closed = own // pattern.stride * pattern.summary
+            of_open = (offset + 1 - first[:, None]).clamp(0, pattern.summary)
+            reads = entry < pattern.sinks + closed + of_open
+            reads = torch.where(entry < pattern.sinks, entry <= own, reads)
         else:
+            closed = num_slots(pattern, own)
             reads = torch.where(entry < sizes.slots, entry < closed, entry - sizes.slots <= offset)
-    else:  # A ring that is full holds the window.
+    elif isinstance(pattern, LocalPattern):
+        # A ring that is full holds the window; a sink is read from its slot once it has left that.
+        of_slots = pattern.reads(own, entry) & (entry <= own - pattern.window)
+        reads = torch.where(entry < sizes.slots, of_slots, entry - sizes.slots <= own)
+    else:
         reads = entry <= own
     return reads.expand(-1, first.shape[0], -1)
 
@@ -154,13 +170,16 @@ def _held(
     The tail of a FixedPattern holds the block from `begin` on.
     """
     entry = torch.arange(sizes.entries, device=first.device).expand(len(first), -1)
+    of_tail = entry - sizes.slots
     if isinstance(pattern, LocalPattern):
-        return last - (last - entry) % sizes.tail
+        return torch.where(of_tail < 0, entry, last - (last - of_tail) % sizes.tail)
     if not isinstance(pattern, FixedPattern):
         return entry
-    column = first[:, None] + entry % pattern.summary
-    of_slot = entry // pattern.summary * pattern.stride + column
-    of_tail = begin + entry - sizes.slots
+    summary = entry - pattern.sinks
+    column = first[:, None] + summary % pattern.summary
+    of_slot = summary // pattern.summary * pattern.stride + column
+    of_slot = torch.where(summary < 0, entry, of_slot)
+    of_tail = begin + of_tail
     if pattern.part == "summary":
         of_tail = torch.full_like(entry, -1)
     return torch.where(entry < sizes.slots, of_slot, of_tail)

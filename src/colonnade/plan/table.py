@@ -1,9 +1,8 @@
 """From a pattern and lengths to positions: which columns to gather, and a table of rows of queries.
 
-Outside its own block a query sees only summaries, and all queries of a block see the same ones.
-So the summary columns are gathered once, into **slots**, and each **row** of the table (some
-queries of one block) reads two dense pieces in one softmax. Query q_begin + r of key head h
-reads
+Outside its own block a query sees only sinks and summaries, and all queries of a block see the same
+ones. So these are gathered once, into **slots**, and each **row** of the table (some queries of one
+block) reads two dense pieces in one softmax. Query q_begin + r of key head h reads
 
     own keys   own_begin … own_begin + clamp(r + 1 + lead - shift[h], 0, own_end - own_begin) - 1
     slots      slot_begin … slot_end - 1
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from colonnade.pattern import FixedPattern
+from colonnade.plan.kept import columns_read, num_positions, num_slots
 from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Gather, Mask, Positions, Shift, Table
 
@@ -110,29 +110,31 @@ def fixed_plan(
     q_len: int,
     kv_len: int,
     heads: Sequence[int],
-    reduced: int = 0,
+    begin: int = 0,
 ) -> Plan:
     """Make the plan of a `FixedPattern` for the last `q_len` of `kv_len` keys.
 
     Rows are the blocks that hold a query; the first row may start mid-block. `heads` is one of
-    `heads_by_plan`. Of the first `reduced` blocks the keys hold only the summaries, and no query
-    lies there.
+    `heads_by_plan`. Of the blocks before position `begin`, the start of one, the keys hold only
+    the slots, and no query lies there.
     """
-    dropped = reduced * (pattern.stride - pattern.summary)
-    blocks = num_blocks(kv_len + dropped, pattern.stride)
+    seq_len, already = num_positions(pattern, kv_len, begin), num_slots(pattern, begin)
+    blocks = num_blocks(seq_len, pattern.stride)
     skipped = kv_len - q_len
-    first = (skipped + dropped) // pattern.stride if q_len > 0 else blocks
-    in_reach = blocks if q_len > 0 else 0
-    # Where the sequence would begin if the reduced blocks were whole.
-    everything = torch.tensor(-dropped), torch.tensor(kv_len)
+    first = (seq_len - q_len) // pattern.stride if q_len > 0 else blocks
+    # Where the sequence would begin if the blocks before `begin` were whole.
+    everything = torch.tensor(already - begin), torch.tensor(kv_len)
     rows = _Blocks(torch.arange(first, blocks), *everything)
     if not pattern.causal:
         return _bidirectional_plan(pattern, rows, skipped, torch.arange(kv_len), heads)
-    gathered = {"merged": max(in_reach - 1, 0), "local": 0, "summary": in_reach}[pattern.part]
-    whole = _Blocks(torch.arange(reduced, max(gathered, reduced)), *everything)
+    in_reach = 0
+    if q_len > 0:
+        in_reach = blocks if pattern.part == "summary" else blocks - 1
+    reduced = begin // pattern.stride
+    whole = _Blocks(torch.arange(reduced, max(in_reach, reduced)), *everything)
     plan = _causal_plan(pattern, rows, skipped, whole, 0, heads)
-    already = torch.arange(reduced * pattern.summary).expand(len(heads), -1)
-    return replace(plan, gather=torch.cat([already, plan.gather], 1))
+    slots = torch.arange(already).expand(len(heads), -1)
+    return replace(plan, gather=torch.cat([slots, plan.gather], 1))
 
 
 def packed_plan(
@@ -153,11 +155,11 @@ def packed_plan(
     if not pattern.causal:
         in_document = torch.arange(int(length.sum())) - (end - length).repeat_interleave(length)
         return _bidirectional_plan(pattern, rows, 0, in_document, heads)
-    last = index == counts[document] - 1
-    kept = {"merged": ~last, "local": last & ~last, "summary": last | ~last}[pattern.part]
+    kept = (index < counts[document] - 1) | (pattern.part == "summary")
     gathered = _Blocks(*(part[kept] for part in rows))
-    slots_before = _sums_before(kept) - index * (pattern.part != "local")
-    return _causal_plan(pattern, rows, 0, gathered, slots_before * pattern.summary, heads)
+    # The slots before the first block of each row's document.
+    slots_before = _sums_before(kept * _slots_of(pattern, index))[torch.arange(len(index)) - index]
+    return _causal_plan(pattern, rows, 0, gathered, slots_before, heads)
 
 
 def own_from_slots(pattern: FixedPattern) -> bool:
@@ -194,18 +196,19 @@ def _causal_plan(
     first_slot: Tensor | int,
     heads: Sequence[int],
 ) -> Plan:
-    """Slots are the summaries of every block that some query reads from outside.
+    """Slots are the sinks of every sequence, and the summaries of every block, that are read so.
 
-    Under part "summary" those of the last block too. Columns that a short last block lacks are
-    clamped to the sequence's last key, and no query sees them.
+    These are the blocks that some query reads from outside; under part "summary" the last one too.
+    Positions that a short sequence lacks are clamped to its last key, and no query sees them.
     """
     stride = pattern.stride
-    columns = [pattern.summary_columns(head) for head in heads]
     by_slot = pattern.part == "summary"
     begin, end = rows.begin(stride), rows.end(stride)
     first_query = begin.clamp(min=skipped)
     slot_begin = torch.zeros_like(begin) + first_slot
-    slot_end = slot_begin + rows.number * (0 if pattern.part == "local" else pattern.summary)
+    slot_end = slot_begin + num_slots(pattern, rows.number * stride)
+    if by_slot:
+        slot_end = slot_begin + pattern.sinks + rows.number * pattern.summary
     table = torch.stack(
         [
             first_query - skipped,
@@ -218,11 +221,55 @@ def _causal_plan(
         ],
         dim=1,
     )
-    of_block = torch.stack([torch.arange(c.start, c.stop) for c in columns])
-    gather = gathered.begin(stride)[:, None] + of_block[:, None]
-    gather = torch.minimum(gather, gathered.sequence_end[..., None] - 1).flatten(1)
+    if by_slot and pattern.sinks > 0:
+        table = _one_by_one(table, torch.where(rows.number == 0, pattern.sinks, 0))
+    columns = [pattern.summary_columns(head) for head in heads]
     shift = torch.tensor([c.start if by_slot else 0 for c in columns])
-    return Plan(gather, table, shift, by_slot)
+    return Plan(_gather(pattern, gathered, columns), table, shift, by_slot)
+
+
+def _slots_of(pattern: FixedPattern, number: Tensor) -> Tensor:
+    """Return how many slots come of blocks with these numbers in their sequence."""
+    return columns_read(pattern) + pattern.sinks * (number == 0)
+
+
+def _gather(pattern: FixedPattern, blocks: _Blocks, columns: Sequence[range]) -> Gather:
+    """Return the keys in the slots of blocks: the sinks of a first one, then its summaries."""
+    counts = _slots_of(pattern, blocks.number)
+    of_block = torch.arange(len(counts)).repeat_interleave(counts)
+    # Counted from the first summary of each block, so that sinks are below 0.
+    number = torch.arange(len(of_block)) - _sums_before(counts)[of_block]
+    number = number - pattern.sinks * (blocks.number == 0)[of_block]
+    first = torch.tensor([c.start for c in columns])[:, None]
+    column = torch.where(number < 0, number + pattern.sinks, first + number)
+    ends = blocks.sequence_end.expand_as(blocks.number)[of_block]
+    return torch.minimum(blocks.begin(pattern.stride)[of_block] + column, ends - 1)
+
+
+def _one_by_one(table: Table, sinks: Tensor) -> Table:
+    """Give each of the first `sinks` queries of a block, which are sinks, a row of the table.
+
+    Query r of these reads r + 1 slots, the sinks up to itself.
+    """
+    q_begin, q_end, own_begin, own_end, lead, slot_begin, slot_end = table.unbind(1)
+    alone = torch.minimum(sinks - lead, q_end - q_begin).clamp(min=0)
+    copies = alone + (q_end - q_begin > alone)
+    row = torch.arange(len(table)).repeat_interleave(copies)
+    number = torch.arange(len(row)) - _sums_before(copies)[row]
+    is_alone = number < alone[row]
+    lead = lead[row] + number
+    return torch.stack(
+        [
+            q_begin[row] + number,
+            torch.where(is_alone, q_begin[row] + number + 1, q_end[row]),
+            own_begin[row],
+            own_end[row],
+            lead,
+            slot_begin[row],
+            torch.where(is_alone, slot_begin[row] + lead + 1, slot_end[row]),
+        ],
+        dim=1,
+    )
 
 
 def _bidirectional_plan(
@@ -232,16 +279,19 @@ def _bidirectional_plan(
     in_sequence: Positions,
     heads: Sequence[int],
 ) -> Plan:
-    """The gather reorders all keys: first every summary, then every other column.
+    """The gather reorders all keys: first every sink and summary, then every other column.
 
-    All queries of a sequence read all of its summaries, in slots; own keys are the block's other
+    All queries of a sequence read all of the former, in slots; own keys are the block's other
     columns, so that no key comes twice. `in_sequence` counts positions from their sequence's start.
+    Under part "local" slots are sinks, and block 0 has them among its own keys.
     """
     columns = pattern.summary_columns(heads[0])
     column = in_sequence % pattern.stride
-    summary = (column >= columns.start) & (column < columns.stop)
-    gather = torch.argsort(~summary, stable=True)
-    before = torch.cat([torch.zeros(1, dtype=torch.long), summary.cumsum(0)])
+    is_slot = in_sequence < pattern.sinks
+    if pattern.part != "local":
+        is_slot = is_slot | ((column >= columns.start) & (column < columns.stop))
+    gather = torch.argsort(~is_slot, stable=True)
+    before = torch.cat([torch.zeros(1, dtype=torch.long), is_slot.cumsum(0)])
     begin, end = rows.begin(pattern.stride), rows.end(pattern.stride)
     first_query = begin.clamp(min=skipped)
     own_begin, own_end = begin, end
@@ -249,8 +299,8 @@ def _bidirectional_plan(
     if pattern.part == "merged":
         own_begin, own_end = (before[-1] + at - before[at] for at in (begin, end))
     elif pattern.part == "local":
-        slot_begin = slot_end = before[:1]
-        gather = gather[:0]
+        slot_end = torch.where(rows.number > 0, slot_end, slot_begin)
+        gather = gather[: int(before[-1])]
     else:
         own_begin = own_end = begin
     every = torch.full_like(begin, pattern.stride)
@@ -271,13 +321,15 @@ def gathered_mask(
     For attention that takes a mask function: the plan's two pieces as one row of keys.
     """
     slots = fixed_plan(pattern, seq_len, seq_len, [0]).gather[0]
-    num_slots = len(slots)
+    sinks = pattern.sinks
+    count = len(slots)
 
     def reads(query: Positions, key: Positions) -> Tensor:
         block = query // pattern.stride
-        position = key - num_slots
+        position = key - count
         own = (position // pattern.stride == block) & (position <= query)
-        return torch.where(key < num_slots, key // pattern.summary < block, own)
+        earlier = ((key - sinks) // pattern.summary).clamp(min=0) < block
+        return torch.where(key < count, earlier, own)
 
     return slots, reads
 

@@ -49,6 +49,5 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
     if isinstance(pattern, FullPattern):
         if full.keeps_the_contract(query, key, value, pattern, call):
             return full.attend(query, key, value, pattern, call), None
-        pattern = pattern.as_fixed(FULL_TILE)
-    assert isinstance(pattern, FixedPattern)
-    return fixed.attend(query, key, value, pattern, call)
+        call = call._replace(pattern=pattern.as_fixed(FULL_TILE))
+    return fixed.attend(query, key, value, call)

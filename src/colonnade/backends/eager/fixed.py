@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from colonnade.backends.call import Call, Seen, in_order, only_heads
+from colonnade.backends.call import Call, in_order, only_heads
 from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout, multiply_
 from colonnade.backends.eager.padded import PaddedRows
 from colonnade.backends.eager.rows import Dropped, Rows
@@ -26,19 +26,13 @@ from colonnade.backends.planning import (
     make_plan,
 )
 from colonnade.backends.tracing.operation import LSE, define_attention
-from colonnade.pattern import FixedPattern
 from colonnade.plan.table import Plan, heads_by_plan
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
 
-def attend(
-    query: Query, key: Key, value: Value, pattern: FixedPattern, call: Call
-) -> tuple[Output, LogSumExp]:
+def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over what a fixed pattern reads, and the log of its denominator."""
-    p, keys = pattern, call.keys
-    assert not isinstance(keys, Seen)
-    sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
-    return _attend(query, key, value, *sets, call.scale, *call.dropout)
+    return _attend(query, key, value, *PlanOptions.of(call), call.scale, *call.dropout)
 
 
 class _Group(NamedTuple):

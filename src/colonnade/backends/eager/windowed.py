@@ -8,10 +8,11 @@ end of the last line. With width 4 and 10 positions,
     6 7 8 9
 
 position 8 reads its **window** 5 6 7 8: of its own line what does not lie to its right, of the line
-above what does. A strided query also reads its **column**, here 4 and 0. Both are dense products,
-[l, 2l] a line and [lines, lines] a column, in one softmax; memory grows like
-q_len · (2l + kv_len/l), and no mask grows faster. Queries that fit into one line are computed
-alone, without the rest of it. The backward computes the scores again.
+above what does. A strided query also reads its **column**, here 4 and 0, and one of a window with
+sinks those that have left it. All are dense products, [l, 2l] a line, [lines, lines] a column and
+[l, sinks], in one softmax; memory grows like q_len · (2l + kv_len/l), and no mask grows faster.
+Queries that fit into one line are computed alone, without the rest of it. The backward computes the
+scores again.
 
 A value that is not finite makes the whole output of its readers NaN, and of nobody else.
 """
@@ -19,18 +20,20 @@ A value that is not finite makes the whole output of its readers NaN, and of nob
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colonnade.backends.call import Call, Packed
+from colonnade.backends.call import Call, Seen
 from colonnade.backends.documents import by_documents, lengths_to_count
 from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout, factors, multiply_
 from colonnade.backends.tracing.flops import Sizes
 from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import LocalPattern, Part, StridedPattern
+from colonnade.plan.kept import num_positions, num_slots
 from colonnade.plan.lines import num_blocks
 from colonnade.shapes import Key, LogSumExp, Output, Query, Value
 
@@ -42,21 +45,69 @@ def attend(
     query: Query, key: Key, value: Value, pattern: StridedPattern | LocalPattern, call: Call
 ) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over windows and columns, and the log of its denominator."""
+    return _attend(query, key, value, *_Options.of(pattern, call), *call.dropout)
+
+
+class _Options(NamedTuple):
+    """A strided or local pattern, and which keys there are: as an operation takes them, flat."""
+
+    width: int
     reads: Reads
-    if isinstance(pattern, StridedPattern):
-        width, reads = pattern.stride, pattern.part
-    else:
-        width, reads = pattern.window, "window"
-    return _attend(
-        query,
-        key,
-        value,
-        width,
-        reads,
-        call.scale,
-        call.keys.cu_seqlens if isinstance(call.keys, Packed) else None,
-        *call.dropout,
-    )
+    sinks: int
+    scale: float
+    begin: int
+    """Position before which the keys hold only sinks, see `call.Kept`."""
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(cls, pattern: StridedPattern | LocalPattern, call: Call) -> _Options:
+        assert not isinstance(call.keys, Seen)
+        keys = call.scale, call.keys.begin, call.keys.cu_seqlens
+        if isinstance(pattern, StridedPattern):
+            return cls(pattern.stride, pattern.part, 0, *keys)
+        return cls(pattern.window, "window", pattern.sinks, *keys)
+
+    @property
+    def pattern(self) -> StridedPattern | LocalPattern:
+        """The pattern."""
+        if self.reads == "window":
+            return LocalPattern(self.width, sinks=self.sinks)
+        return StridedPattern(self.width, self.reads)
+
+
+OPTIONS_SCHEMA = "int width, str reads, int sinks, float scale, SymInt begin, Tensor? cu_seqlens"
+"""`_Options` in the schema of an operation."""
+
+
+class _Keys(NamedTuple):
+    """What is known of each key: in lines […, lines, width, D], and of the sinks […, sinks, D]."""
+
+    lines: Tensor
+    sinks: Tensor
+
+
+class _Region(Protocol):
+    """Some of the keys that queries read, as one dense product."""
+
+    num_keys: int
+    visible: Tensor
+
+    def products(self, q: Tensor, k: _Keys) -> Tensor:
+        """q kᵀ for every key, visible or not: […, q_lines, q_columns, keys]."""
+
+    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
+        """The keys' values, weighted for each query: […, q_lines, q_columns, D]."""
+
+    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
+        """Add the queries' x, weighted for each key, to the keys."""
+
+    def factors(
+        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
+    ) -> Tensor:
+        """The factors of the weights, given the positions of the keys, D = 1."""
+
+    def reaches(self, bad: _Keys) -> Tensor:
+        """Mark the queries that read a marked key, D = 1."""
 
 
 class _Window:
@@ -78,32 +129,29 @@ class _Window:
         always = torch.cat([torch.zeros_like(itself), itself], -1)
         self.visible = band & self._keys(real)[..., 0][..., None, :] | always
 
-    def products(self, q: Tensor, k: Tensor) -> Tensor:
-        """q kᵀ for every key, visible or not: […, q_lines, q_columns, keys]."""
-        return q @ self._keys(k).mT
+    def products(self, q: Tensor, k: _Keys) -> Tensor:
+        return q @ self._keys(k.lines).mT
 
-    def weigh(self, weights: Tensor, v: Tensor) -> Tensor:
-        """The keys' values, weighted for each query: […, q_lines, q_columns, D]."""
-        return weights @ self._keys(v)
+    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
+        return weights @ self._keys(v.lines)
 
-    def spread(self, weights: Tensor, x: Tensor, into: Tensor) -> None:
-        """Add the queries' x, weighted for each key, to lines of keys […, lines, width, D]."""
+    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
         above, own = (weights.mT @ x).chunk(2, -2)
-        first = into.shape[-3] - self.q_lines
-        into[..., first:, :, :] += own
+        lines = into.lines
+        first = lines.shape[-3] - self.q_lines
+        lines[..., first:, :, :] += own
         # What would lie above the first line of keys has no weight.
         hidden = 1 if first == 0 else 0
-        into[..., first - 1 + hidden : into.shape[-3] - 1, :, :] += above[..., hidden:, :, :]
+        lines[..., first - 1 + hidden : lines.shape[-3] - 1, :, :] += above[..., hidden:, :, :]
 
     def factors(
-        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: Tensor
+        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
     ) -> Tensor:
-        """The factors of the weights, given the positions of [lines, width, 1] keys."""
-        return factors(dropout, row, head, query, self._keys(position)[None, None, ..., 0])
+        return factors(dropout, row, head, query, self._keys(position.lines)[None, None, ..., 0])
 
-    def reaches(self, bad: Tensor) -> Tensor:
-        """Mark the queries whose window holds a marked key, by sums along lines."""
-        above, own = self._keys(bad.long()).chunk(2, -2)
+    def reaches(self, bad: _Keys) -> Tensor:
+        # By sums along lines.
+        above, own = self._keys(bad.lines.long()).chunk(2, -2)
         to_the_right = above.flip(-2).cumsum(-2).flip(-2)
         if not self.as_printed:
             to_the_right = to_the_right - above
@@ -129,29 +177,27 @@ class _Column:
         above = (line < q_line)[:, None] & self._under(real)[..., 0].mT
         self.visible = above | ((line == q_line) & with_itself)[:, None]
 
-    def products(self, q: Tensor, k: Tensor) -> Tensor:
-        """q kᵀ for every line, above or not: […, q_lines, q_columns, lines]."""
-        return (q.transpose(-3, -2) @ self._under(k).transpose(-3, -2).mT).transpose(-3, -2)
+    def products(self, q: Tensor, k: _Keys) -> Tensor:
+        return (q.transpose(-3, -2) @ self._under(k.lines).transpose(-3, -2).mT).transpose(-3, -2)
 
-    def weigh(self, weights: Tensor, v: Tensor) -> Tensor:
-        """The keys' values, weighted for each query: […, q_lines, q_columns, D]."""
-        return (weights.transpose(-3, -2) @ self._under(v).transpose(-3, -2)).transpose(-3, -2)
+    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
+        return (weights.transpose(-3, -2) @ self._under(v.lines).transpose(-3, -2)).transpose(
+            -3, -2
+        )
 
-    def spread(self, weights: Tensor, x: Tensor, into: Tensor) -> None:
-        """Add the queries' x, weighted for each key, to lines of keys […, lines, width, D]."""
+    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
         spread = weights.transpose(-3, -2).mT @ x.transpose(-3, -2)
-        self._under(into).add_(spread.transpose(-3, -2))
+        self._under(into.lines).add_(spread.transpose(-3, -2))
 
     def factors(
-        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: Tensor
+        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
     ) -> Tensor:
-        """The factors of the weights, given the positions of [lines, width, 1] keys."""
-        above = self._under(position)[..., 0].mT
+        above = self._under(position.lines)[..., 0].mT
         return factors(dropout, row, head, query.mT, above[None, None]).transpose(-3, -2)
 
-    def reaches(self, bad: Tensor) -> Tensor:
-        """Mark the queries whose column holds a marked key, or theirs, by sums down the lines."""
-        counts = self._under(bad).long().cumsum(-3)
+    def reaches(self, bad: _Keys) -> Tensor:
+        # By sums down the lines; the own key counts too.
+        counts = self._under(bad.lines).long().cumsum(-3)
         return counts[..., self.num_keys - self.q_lines :, :, :] > 0
 
     def _under(self, lines: Tensor) -> Tensor:
@@ -159,31 +205,66 @@ class _Column:
         return lines[..., self.first_column :, :]
 
 
+class _Sinks:
+    """The first keys of the sequence, for queries whose window has left them."""
+
+    def __init__(self, position: Tensor, sinks: int, window: int) -> None:
+        self.num_keys = sinks
+        self.visible = torch.arange(sinks, device=position.device) <= position - window
+
+    def products(self, q: Tensor, k: _Keys) -> Tensor:
+        return q @ k.sinks[..., None, :, :].mT
+
+    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
+        return weights @ v.sinks[..., None, :, :]
+
+    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
+        into.sinks.add_((weights.mT @ x).sum(-3))
+
+    def factors(
+        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
+    ) -> Tensor:
+        return factors(dropout, row, head, query, position.sinks[None, None, None, :, 0])
+
+    def reaches(self, bad: _Keys) -> Tensor:
+        return (self.visible & bad.sinks[..., None, None, :, 0]).any(-1, keepdim=True)
+
+
 class _Laid:
     """The operands in lines, in the type that is computed in."""
 
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, width: int, reads: Reads, scale: float
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: _Options) -> None:
         self.compute = torch.promote_types(query.dtype, torch.float32)
         self.q_len, self.kv_len, self.kv_heads = query.shape[2], key.shape[2], key.shape[1]
+        reads, begin = options.reads, options.begin
+        self.slots = num_slots(options.pattern, begin)
+        # Sinks come first, wherever the tail begins.
+        self.sinks = min(options.sinks, self.kv_len)
+        tail_len = self.kv_len - self.slots
         # Lines longer than the sequence would be padding; they read what lines of its length do.
-        self.width = max(min(width, self.kv_len), 1)
+        self.width = max(min(options.width, tail_len), 1)
         bad = ~value.isfinite().all(-1, keepdim=True)
         self.q_lines = num_blocks(self.q_len, self.width)
         self.q_columns = self.q_len if self.q_lines == 1 else self.width
-        self.q = self.queries(query) * scale
-        self.k = self._lines(key[:, :, None].to(self.compute))
-        self.v = self._lines(value.masked_fill(bad, 0.0)[:, :, None].to(self.compute))
-        real = torch.ones(self.kv_len, 1, dtype=torch.bool, device=key.device)
+        self.q = self.queries(query) * options.scale
+        self.k = self._keys(key[:, :, None].to(self.compute))
+        self.v = self._keys(value.masked_fill(bad, 0.0)[:, :, None].to(self.compute))
+        real = torch.ones(tail_len, 1, dtype=torch.bool, device=key.device)
         real, sizes = self._lines(real), (self.q_lines, self.q_columns)
-        self.regions: list[_Window | _Column] = []
+        position = torch.arange(begin, begin + tail_len, device=key.device)[:, None]
+        self.key_position = _Keys(
+            self._lines(position), position.new_tensor(range(self.sinks))[:, None]
+        )
+        self.q_position = self.queries_of(position[tail_len - self.q_len :])
+        self.regions: list[_Region] = []
         if reads != "summary":
             self.regions.append(_Window(*sizes, real, as_printed=reads == "local"))
         if reads in ("merged", "summary"):
             self.regions.append(_Column(*sizes, real, with_itself=reads == "summary"))
-        bad = self._lines(bad[:, :, None])
-        self.reached = torch.stack([region.reaches(bad) for region in self.regions]).any(0)
+        if self.sinks > 0:
+            self.regions.append(_Sinks(self.q_position, self.sinks, options.width))
+        marked = self._keys(bad[:, :, None])
+        self.reached = torch.stack([region.reaches(marked) for region in self.regions]).any(0)
 
     def queries(self, tensor: Tensor) -> Tensor:
         """[B, Hq, Tq, D] as [B, Hkv, G, q_lines, q_columns, D]."""
@@ -192,6 +273,18 @@ class _Laid:
     def queries_of(self, tensor: Tensor) -> Tensor:
         """[…, Tq, D] as […, q_lines, q_columns, D]."""
         return tensor[..., None, :, :] if self.q_lines == 1 else self._lines(tensor)
+
+    def _keys(self, tensor: Tensor) -> _Keys:
+        """[…, Tk, D] as lines of the tail, and sinks."""
+        return _Keys(self._lines(tensor[..., self.slots :, :]), tensor[..., : self.sinks, :])
+
+    def gradient(self, keys: _Keys) -> Tensor:
+        """[B, Hkv, Tk, D], summed over query heads: what was spread over keys."""
+        lines, sinks = (t.sum(2, keepdim=True) for t in keys)
+        tail = self.unlaid(lines, self.kv_len - self.slots)
+        whole = F.pad(tail, (0, 0, self.slots, 0))
+        whole[:, :, : self.sinks] += sinks[:, :, 0]
+        return whole
 
     def _lines(self, tensor: Tensor) -> Tensor:
         """[…, n, D] as […, lines, width, D], zeros in front of the first position."""
@@ -219,16 +312,14 @@ class _Laid:
         """The factors of the weights of batch rows, or documents, of these numbers."""
         if dropout.p == 0:
             return None
-        device, group = self.q.device, self.q.shape[2]
-        last = torch.arange(self.kv_len, device=device)
-        query = self.queries_of(last[self.kv_len - self.q_len :, None])[None, None, ..., 0]
-        head = torch.arange(self.kv_heads * group, device=device)[None, :, None, None]
-        row, position = numbers[:, None, None, None], self._lines(last[:, None])
-        each = [region.factors(dropout, row, head, query, position) for region in self.regions]
+        group, query = self.q.shape[2], self.q_position[None, None, ..., 0]
+        heads = torch.arange(self.kv_heads * group, device=query.device)[None, :, None, None]
+        row, position = numbers[:, None, None, None], self.key_position
+        each = [region.factors(dropout, row, heads, query, position) for region in self.regions]
         by_head: Tensor = torch.cat(each, -1).unflatten(1, (self.kv_heads, group))
         return by_head
 
-    def split(self, weights: Tensor) -> list[tuple[_Window | _Column, Tensor]]:
+    def split(self, weights: Tensor) -> list[tuple[_Region, Tensor]]:
         """Each region with its share of what lies side by side."""
         parts = weights.split([region.num_keys for region in self.regions], -1)
         return list(zip(self.regions, parts, strict=True))
@@ -238,25 +329,23 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    width: int,
-    reads: Reads,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    *dropout: Any,
+    *given: Any,
 ) -> tuple[Tensor, Tensor]:
+    options, dropout = _options(given)
+
     def attend(numbers: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        laid = _Laid(query, key, value, width, reads, scale)
+        laid = _Laid(query, key, value, options)
         scores = laid.scores()
         lse = scores.logsumexp(-1, keepdim=True)
         weights = scores.sub_(lse).exp_()
-        multiply_(weights, laid.factors(Dropout(*dropout), numbers))
+        multiply_(weights, laid.factors(dropout, numbers))
         outs = [region.weigh(own, laid.v) for region, own in laid.split(weights)]
         # A value that is not finite reaches its readers, and nobody else as 0 · NaN.
         out = sum(outs[1:], outs[0]).masked_fill_(laid.reached, math.nan)
         out, lse = (laid.unlaid(t, laid.q_len) for t in (out, lse))
         return out.to(query.dtype), lse[..., 0].contiguous()
 
-    out, lse = by_documents(attend, cu_seqlens, query, key, value)
+    out, lse = by_documents(attend, options.cu_seqlens, query, key, value)
     return out, lse
 
 
@@ -267,12 +356,10 @@ def _backward(
     key: Tensor,
     value: Tensor,
     lse: Tensor,
-    width: int,
-    reads: Reads,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    *dropout: Any,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options, dropout = _options(given)
+
     def differentiate(
         numbers: Tensor,
         grad_out: Tensor,
@@ -282,45 +369,57 @@ def _backward(
         value: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, ...]:
-        laid = _Laid(query, key, value, width, reads, scale)
+        laid = _Laid(query, key, value, options)
         d_out = laid.queries(grad_out)
         weights = laid.scores().sub_(laid.queries(lse[..., None])).exp_()
-        kept = laid.factors(Dropout(*dropout), numbers)
+        kept = laid.factors(dropout, numbers)
         d_weights = torch.cat([region.products(d_out, laid.v) for region in laid.regions], -1)
         multiply_(d_weights, kept)
         delta = (weights * d_weights).sum(-1, keepdim=True) - laid.queries(grad_lse[..., None])
         d_scores = d_weights.sub_(delta).mul_(weights)
         d_query = [region.weigh(own, laid.k) for region, own in laid.split(d_scores)]
-        d_key, d_value = (t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in (laid.k, laid.v))
+        d_key, d_value = (
+            _Keys(*(t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in keys))
+            for keys in (laid.k, laid.v)
+        )
         for (region, own_scores), (_, own_weights) in zip(
             laid.split(d_scores), laid.split(multiply_(weights, kept)), strict=True
         ):
             region.spread(own_scores, laid.q, d_key)
             region.spread(own_weights, d_out, d_value)
-        d_key, d_value = (t.sum(2, keepdim=True) for t in (d_key, d_value))
+        scaled = sum(d_query[1:], d_query[0]).mul_(options.scale)
         return (
-            laid.unlaid(sum(d_query[1:], d_query[0]).mul_(scale), laid.q_len).to(query.dtype),
-            laid.unlaid(d_key, laid.kv_len).to(key.dtype),
-            laid.unlaid(d_value, laid.kv_len).to(value.dtype),
+            laid.unlaid(scaled, laid.q_len).to(query.dtype),
+            laid.gradient(d_key).to(key.dtype),
+            laid.gradient(d_value).to(value.dtype),
         )
 
     tensors = grad_out, grad_lse, query, key, value, lse
-    d_query, d_key, d_value = by_documents(differentiate, cu_seqlens, *tensors)
+    d_query, d_key, d_value = by_documents(differentiate, options.cu_seqlens, *tensors)
     return d_query, d_key, d_value
 
 
-def _count_pairs(
-    sizes: Sizes, width: int, reads: Reads, scale: float, cu_seqlens: Tensor | None, *dropout: Any
-) -> int:
-    pattern = LocalPattern(width) if reads == "window" else StridedPattern(width, reads)
-    every = sum(map(pattern.num_pairs, lengths_to_count(cu_seqlens, sizes.kv_len)))
-    of_earlier_queries = pattern.num_pairs(sizes.kv_len - sizes.q_len)
+def _options(given: Sequence[Any]) -> tuple[_Options, Dropout]:
+    """Tell apart the options of an operation."""
+    num_options = len(_Options._fields)
+    return _Options(*given[:num_options]), Dropout(*given[num_options:])
+
+
+def _count_pairs(sizes: Sizes, *given: Any) -> int:
+    options, _ = _options(given)
+    pattern = options.pattern
+    if options.cu_seqlens is None:
+        lengths = [num_positions(pattern, sizes.kv_len, options.begin)]
+    else:
+        lengths = lengths_to_count(options.cu_seqlens, sizes.kv_len)
+    of_earlier_queries = pattern.num_pairs(sum(lengths) - sizes.q_len)
+    every = sum(map(pattern.num_pairs, lengths))
     return sizes.batch * sizes.kv_heads * (every - of_earlier_queries)
 
 
 _attend = define_attention(
     "colonnade::windowed",
-    f"int width, str reads, float scale, Tensor? cu_seqlens, {DROPOUT_SCHEMA}",
+    f"{OPTIONS_SCHEMA}, {DROPOUT_SCHEMA}",
     _forward,
     _backward,
     LSE,

@@ -88,10 +88,7 @@ def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, Lo
             query, key, value, None if mask is None else mask[:, :, 0], call.scale
         )
         return out, lse
-    p, keys = call.pattern, call.keys
-    assert isinstance(p, FixedPattern)
-    sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
-    return _attend(query, key, value, *sets, call.scale, *call.dropout)
+    return _attend(query, key, value, *PlanOptions.of(call), call.scale, *call.dropout)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -119,11 +119,7 @@ def reason_by_name_alone(device: torch.device) -> str | None:
 
 def attend(query: Query, key: Key, value: Value, call: Call) -> tuple[Output, LogSumExp]:
     """softmax(scale · q kᵀ) v over what is read, and the log of its denominator."""
-    p, keys = call.pattern, call.keys
-    assert isinstance(p, FixedPattern)
-    assert not isinstance(keys, Seen)
-    sets = p.stride, p.summary, p.subblocks, p.part, p.causal, keys.reduced, keys.cu_seqlens
-    return _attend(query, key, value, *sets, call.scale, *call.dropout)
+    return _attend(query, key, value, *PlanOptions.of(call), call.scale, *call.dropout)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
