@@ -29,6 +29,13 @@ PATTERNS: list[Pattern] = [
         for stride, summary, subblocks in [(1, 1, 1), (4, 1, 1), (4, 4, 1), (5, 2, 2), (6, 2, 3)]
         for part in PARTS
     ),
+    LocalPattern(3, sinks=2),
+    LocalPattern(2, sinks=6),
+    *(
+        FixedPattern(stride, summary, subblocks, part, sinks=2)
+        for stride, summary, subblocks in [(4, 1, 2), (5, 2, 1), (3, 1, 1)]
+        for part in PARTS
+    ),
 ]
 """Every part of each pattern."""
 each_small_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)

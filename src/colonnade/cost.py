@@ -140,10 +140,11 @@ def num_kept(pattern: Pattern, seq_len: int, head: int = 0) -> int:
 
     - fixed, merged: the open block up to i and the c summaries of every closed block. These are
       c·(B-2) + l positions at the end of the last block but one, and c·(B-1) + n - (B-1)·l at the
-      last position; the larger counts;
-    - fixed, "local": min(n, l); "summary": the summary columns among n positions;
+      last position; the larger counts. Sinks count behind block 0;
+    - fixed, "local": min(n, l), and the sinks behind block 0; "summary": the summary columns and
+      sinks among n positions;
     - strided: n, because in every later row some query reads the column of j; "local": min(n, l+1);
-    - local: min(n, window); full: n.
+    - local: min(n, window + sinks); full: n.
 
     A `KVCache` may keep more: all of the open block under "summary", every position of a strided
     pattern, and up to `window` positions that have left a window and are moved away together.
@@ -178,15 +179,16 @@ def comparison(
 ) -> dict[str, FixedPattern | StridedPattern | LocalPattern | FullPattern]:
     """Return patterns to compare `pattern` with, by name, and itself as "fixed".
 
-    They are the strided pattern of the same stride, a local one, the full one, and `pattern` at
-    `FixedPattern.best_stride`, or at the smallest stride with room for its sub-blocks.
+    They are the strided pattern of the same stride, a local one with the same sinks, the full one,
+    and `pattern` at `FixedPattern.best_stride`, or at the smallest stride with room for its
+    sub-blocks and sinks.
     """
-    columns = pattern.summary * pattern.subblocks
+    columns = pattern.summary * pattern.subblocks + pattern.sinks
     best = FixedPattern.best_stride(seq_len, min(pattern.summary, seq_len))
     return {
         "fixed": pattern,
         "fixed_at_best_stride": replace(pattern, stride=max(best, columns)),
         "strided": StridedPattern(pattern.stride),
-        "local": LocalPattern(window),
+        "local": LocalPattern(window, sinks=pattern.sinks),
         "full": FullPattern(),
     }

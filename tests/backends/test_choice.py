@@ -158,7 +158,7 @@ def test_the_operation_keeps_the_compilers_rules(part: Part, causal: bool) -> No
 def test_windows_keep_the_compilers_rules(reads: str) -> None:
     inputs = Case(q_len=11).inputs(torch.float32)
     for dropout in (Dropout(), Dropout(0.5, torch.tensor([7]), 1, 2, 3)):
-        last = (4, reads, 0.7, None, *dropout)
+        last = (4, reads, 2 * (reads == "window"), 0.7, 0, None, *dropout)
         _check_operation(torch.ops.colonnade.windowed_forward, inputs, last)
 
 

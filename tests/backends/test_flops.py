@@ -242,7 +242,7 @@ def test_transformed_attention_is_counted_too(pattern: Pattern) -> None:
 
 def test_a_formula_takes_what_inductor_adds() -> None:
     case = Case(LocalPattern(4))
-    inputs = *case.inputs()[:3], 4, "window", 1.0, None, *Dropout()
+    inputs = *case.inputs()[:3], 4, "window", 0, 1.0, 0, None, *Dropout()
     formula = flop_registry[torch.ops.colonnade.windowed_forward]
     found = formula(*inputs, out_val=None, _node_meta={})
     assert found == expected(case, int(case.mask().sum()))[0]

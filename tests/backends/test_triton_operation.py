@@ -53,7 +53,7 @@ def test_its_operations_keep_the_compilers_rules(dtype: torch.dtype) -> None:
     inputs = CASE.inputs(dtype)
     leaves = [t.requires_grad_() for t in inputs[:3]]
     dropout = Dropout(0.5, torch.tensor([3])) if dtype == torch.float16 else Dropout()
-    options = (4, 1, 1, "merged", True, 0, None, 0.4, *dropout)
+    options = (4, 1, 1, "merged", True, 1, 0, None, 0.4, *dropout)
     operations = torch.ops.colonnade
     checks: list[str] = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if dtype == torch.float32:

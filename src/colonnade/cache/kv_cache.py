@@ -29,9 +29,10 @@ class KVCache:
 
     A FixedPattern keeps, after n positions with l = stride and c = summary, the c summaries of
     each of the n // l closed blocks and the open block: n // l · c + n mod l entries for each key
-    head, at most c·n/l + l instead of n. Part "local" keeps the open block only, a LocalPattern
-    its window. StridedPattern and FullPattern keep everything, for each position is read again by
-    some later one. Attention over what is kept equals attention over the whole sequence.
+    head, at most c·n/l + l instead of n, and its sinks once block 0 has closed. Part "local" keeps
+    the open block and sinks, a LocalPattern its window and sinks. StridedPattern and FullPattern
+    keep everything, for each position is read again by some later one. Attention over what is kept
+    equals attention over the whole sequence.
 
     Rows of a batch may have different lengths, see `padding_mask`. Memory is allocated ahead, so
     that a token costs constant time on average. Where gradients are wanted, entries are copied

@@ -25,12 +25,17 @@ from colonnade.cli.common import (
 from colonnade.pattern import FixedPattern, check_count
 from colonnade.plot import draw_pattern, pattern_text
 
+Sinks = Annotated[
+    int, typer.Option(help="Number of positions at the start that all later ones read.")
+]
+
 
 @app.command()
 def show(
     stride: Annotated[int, typer.Option(help="Length of a block.")] = 8,
     summary: Annotated[int, typer.Option(help="Number of summary columns in a block.")] = 2,
     subblocks: Annotated[int, typer.Option(help="Number of sub-blocks; heads take turns.")] = 1,
+    sinks: Sinks = 0,
     part: Annotated[str, typer.Option(help="Part of the pattern: merged, local or summary.")] = (
         "merged"
     ),
@@ -48,7 +53,7 @@ def show(
     """Show which positions each position reads."""
     with one_line_for_mistakes():
         # Any string may be typed; the pattern is what refuses it.
-        pattern = FixedPattern(stride, summary, subblocks, part, causal)  # type: ignore[arg-type]
+        pattern = FixedPattern(stride, summary, subblocks, part, causal, sinks=sinks)  # type: ignore[arg-type]
         check_count("length", length, minimum=1)
         check_count("heads", heads, minimum=1)
         if out is not None:
@@ -69,6 +74,7 @@ def cost(
     subblocks: Annotated[
         int, typer.Option(help="Number of sub-blocks; key/value heads take turns.")
     ] = 1,
+    sinks: Sinks = 0,
     window: Annotated[
         int | None, typer.Option(help="Window of local attention. Default: the stride.")
     ] = None,
@@ -91,7 +97,7 @@ def cost(
 
     Everything is computed by formulas, so any length is quick. Position i
     reads its own block up to itself, and the summary columns of all earlier
-    blocks: (i mod l) + 1 + c · floor(i / l) keys.
+    blocks: (i mod l) + 1 + c · floor(i / l) keys, and the sinks.
 
     The work of a head is 2 · pairs · (qk_dim + v_dim) FLOP forward, two
     products, and 2 · pairs · (3 · qk_dim + 2 · v_dim) FLOP backward, five
@@ -108,7 +114,7 @@ def cost(
     """
     with one_line_for_mistakes():
         check_count("length", length, minimum=1)
-        pattern = FixedPattern(stride, summary, subblocks)
+        pattern = FixedPattern(stride, summary, subblocks, sinks=sinks)
         sizes = counting.Sizes(
             heads=heads,
             kv_heads=heads if kv_heads is None else kv_heads,
@@ -183,6 +189,7 @@ def _print_costs(
     console = Console(highlight=False)
     console.print(
         f"length {length:,}, summary {fixed.summary:,}, subblocks {fixed.subblocks:,}, "
+        f"sinks {fixed.sinks:,}, "
         f"heads {sizes.heads:,}, kv_heads {sizes.kv_heads:,}, qk_dim {sizes.qk_dim:,}, "
         f"v_dim {sizes.v_dim:,}, layers {sizes.layers:,}, batch {sizes.batch:,}, {sizes.dtype}"
     )

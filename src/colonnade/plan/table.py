@@ -249,7 +249,7 @@ def _gather(pattern: FixedPattern, blocks: _Blocks, columns: Sequence[range]) ->
 def _one_by_one(table: Table, sinks: Tensor) -> Table:
     """Give each of the first `sinks` queries of a block, which are sinks, a row of the table.
 
-    Query r of these reads r + 1 slots, the sinks up to itself.
+    Query r of these reads r + 1 slots, the sinks up to itself, and no own key.
     """
     q_begin, q_end, own_begin, own_end, lead, slot_begin, slot_end = table.unbind(1)
     alone = torch.minimum(sinks - lead, q_end - q_begin).clamp(min=0)
@@ -263,7 +263,7 @@ def _one_by_one(table: Table, sinks: Tensor) -> Table:
             q_begin[row] + number,
             torch.where(is_alone, q_begin[row] + number + 1, q_end[row]),
             own_begin[row],
-            own_end[row],
+            torch.where(is_alone, own_begin[row], own_end[row]),
             lead,
             slot_begin[row],
             torch.where(is_alone, slot_begin[row] + lead + 1, slot_end[row]),

@@ -74,8 +74,8 @@ def pieces(plan: Plan, queries: int) -> Tensor:
 def own_tiles(plan: Plan, num_keys: int, keys: int) -> Tensor:
     """Cut own keys into tiles of one row each.
 
-    A line is (key_begin, key_end, own_begin, lead, q_begin, q_end). The keys before the first own
-    one have tiles without a query: what slots give them has to be written too.
+    A line is (key_begin, key_end, own_begin, lead, q_begin, q_end). The keys between own ones have
+    tiles without a query: what slots give them has to be written too.
     """
     rows = plan.table[plan.table[:, 3] > plan.table[:, 2]]
     q_begin, q_end, own_begin, own_end, lead, *_ = rows.unbind(1)
@@ -84,11 +84,12 @@ def own_tiles(plan: Plan, num_keys: int, keys: int) -> Tensor:
     begin = own_begin[row] + place
     end = torch.minimum(begin + keys, own_end[row])
     of_rows = _lines(begin, end, own_begin[row], lead[row], q_begin[row], q_end[row])
-    unread = int(own_begin[0]) if len(rows) else num_keys
-    first = torch.arange(0, unread, keys)
+    begins, ends = F.pad(own_end, (1, 0)), F.pad(own_begin, (0, 1), value=num_keys)
+    gap, place = _cut(ends - begins, keys)
+    first = begins[gap] + place
     none = torch.zeros_like(first)
-    before = _lines(first, (first + keys).clamp(max=unread), first, none, none, none)
-    return torch.cat([of_rows, before])
+    between = _lines(first, torch.minimum(first + keys, ends[gap]), first, none, none, none)
+    return torch.cat([of_rows, between])
 
 
 def num_read(plan: Plan) -> int:
