@@ -17,11 +17,11 @@ pytestmark = marks
 N = sized(250, 40)
 P = 0.5
 PATTERNS = {
-    "quads": FixedPattern(sized(64, 16), 8),
+    "quads": FixedPattern(sized(64, 16), 8, sinks=4),
     "quads, sub-blocks": FixedPattern(sized(40, 12), 4, subblocks=2),
     "quads, bidirectional": FixedPattern(sized(64, 16), 4, subblocks=2, causal=False),
     "each": FixedPattern(sized(50, 15), 7),
-    "each, summary": FixedPattern(sized(30, 10), 5, part="summary"),
+    "each, summary": FixedPattern(sized(30, 10), 5, part="summary", sinks=2),
 }
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 

@@ -53,10 +53,16 @@ CASES = {
     "sub-blocks, mid-block": Case(FixedPattern(64, 16, 4), 1, 4, 1, N - 70, N, 64, 64, -0.2),
     "fewer queries than a block": Case(FixedPattern(128, 32), 1, 1, 2, 37, N, 64, 64, 0.125),
     "a stride beyond the sequence": Case(FixedPattern(2 * N, 9), 1, 1, 1, N, N, 64, 64, 0.125),
-    "a stride of 5": Case(FixedPattern(5, 2), 1, 2, 1, 150, 150, 16, 16, 0.3),
-    "summary": Case(FixedPattern(64, 20, 2, "summary"), 1, 2, 2, N // 2, N // 2, 64, 32, 0.2),
-    "local": Case(FixedPattern(100, 8, part="local"), 1, 2, 1, N // 2 - 9, N // 2, 64, 64, 0.2),
-    "bidirectional": Case(FixedPattern(64, 8, 2, causal=False), 1, 2, 1, 300, 300, 64, 64, 0.2),
+    "a stride of 5, a sink": Case(FixedPattern(5, 2, sinks=1), 1, 2, 1, 150, 150, 16, 16, 0.3),
+    "summary": Case(
+        FixedPattern(64, 20, 2, "summary", sinks=4), 1, 2, 2, N // 2, N // 2, 64, 32, 0.2
+    ),
+    "local": Case(
+        FixedPattern(100, 8, part="local", sinks=3), 1, 2, 1, N // 2 - 9, N // 2, 64, 64, 0.2
+    ),
+    "bidirectional": Case(
+        FixedPattern(64, 8, 2, causal=False, sinks=5), 1, 2, 1, 300, 300, 64, 64, 0.2
+    ),
     "bidirectional summary": Case(
         FixedPattern(64, 8, part="summary", causal=False), 1, 1, 2, 200, 330, 32, 64, 0.2
     ),

@@ -25,11 +25,11 @@ from tests.packing import cu_seqlens_of
 pytestmark = pytest.mark.plain  # Type checks stand in a compiler's way.
 
 PATTERNS: dict[str, Patterns] = {
-    "fixed": FixedPattern(8, 2, subblocks=2),
+    "fixed": FixedPattern(8, 2, subblocks=2, sinks=3),
     "bidirectional": FixedPattern(8, 2, subblocks=2, causal=False),
-    "summary": FixedPattern(8, 2, part="summary"),
+    "summary": FixedPattern(8, 2, part="summary", sinks=1),
     "strided": StridedPattern(8),
-    "local": LocalPattern(8),
+    "local": LocalPattern(8, sinks=2),
     "full": FullPattern(),
     "multihead": FixedPattern(8, 2).factors(),
 }

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.plain  # Type checks stand in a compiler's way.
 
 LENGTH, PROMPT = 40, 13
 PATTERNS: dict[str, Patterns] = {
-    "merged": FixedPattern(8, 2, subblocks=2),
+    "merged": FixedPattern(8, 2, subblocks=2, sinks=3),
     "local": FixedPattern(8, 2, part="local"),
-    "summary": FixedPattern(8, 2, subblocks=2, part="summary"),
+    "summary": FixedPattern(8, 2, subblocks=2, part="summary", sinks=2),
     "strided": StridedPattern(8),
-    "window": LocalPattern(8),
+    "window": LocalPattern(8, sinks=2),
     "full": FullPattern(),
     "multi-head": FixedPattern(8, 2).factors(),
 }
