@@ -114,3 +114,17 @@ def decode_padded(cache: KVCache, tensors: Triple, tokens: Tensor, chunks: list[
 def check_equal(found: Tensor, expected: Tensor) -> None:
     """Assert that two results in float64 are equal but for a few roundings of numbers near 1."""
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def read_by(pattern: Patterns, key: int) -> Tensor:
+    """Return [kv_heads, positions], True where a head reads a position."""
+    patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+    # Of three heads, the first group takes two if there are two.
+    groups = [len(heads) for heads in torch.arange(3).tensor_split(len(patterns))]
+    position = torch.arange(24)
+    rows = [
+        one.reads(position, torch.tensor(key), head)
+        for one, count in zip(patterns, groups, strict=True)
+        for head in range(count)
+    ]
+    return torch.stack(rows)

@@ -28,6 +28,7 @@ from tests.cache.common import (
     each_causal,
     of_rows,
     parts,
+    read_by,
     span,
     whole,
     whole_pair,
@@ -112,22 +113,8 @@ def test_what_earlier_positions_left_behind_reaches_nobody(
         found = decode(KVCache(pattern, 24, static=True), (query, key, value), steps)
         expected = decode(KVCache(pattern, 24, static=True), clean, steps)
         touched = found.isnan().any(-1)
-        assert torch.equal(touched, _reads(pattern, bad).repeat_interleave(2, 0)[None])
+        assert torch.equal(touched, read_by(pattern, bad).repeat_interleave(2, 0)[None])
         torch.testing.assert_close(found[~touched], expected[~touched])
-
-
-def _reads(pattern: Patterns, key: int) -> Tensor:
-    """Return [kv_heads, positions], True where a head reads a position."""
-    patterns = pattern if isinstance(pattern, tuple) else (pattern,)
-    # Of three heads, the first group takes two if there are two.
-    groups = [len(heads) for heads in torch.arange(3).tensor_split(len(patterns))]
-    position = torch.arange(24)
-    rows = [
-        one.reads(position, torch.tensor(key), head)
-        for one, count in zip(patterns, groups, strict=True)
-        for head in range(count)
-    ]
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize(

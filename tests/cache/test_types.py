@@ -8,7 +8,18 @@ from torch import Tensor
 
 from colonnade import FixedPattern, KVCache
 from colonnade.backends import native
-from tests.cache.common import MERGED, alone, decode, decode_padded, draw, each, whole
+from colonnade.ops.heads import Patterns
+from tests.cache.common import (
+    MERGED,
+    alone,
+    decode,
+    decode_padded,
+    draw,
+    each,
+    each_causal,
+    read_by,
+    whole,
+)
 
 
 @pytest.fixture(params=["native", "without native"])
@@ -58,6 +69,27 @@ def test_autocast_decides_the_type() -> None:
         found = decode(cache, tensors, [5, 1, 3])
     assert found.dtype == torch.bfloat16
     assert cache.nbytes == (2 + 4) * 3 * (6 + 4) * 2
+
+
+@pytest.mark.usefixtures("perhaps_native")
+@pytest.mark.parametrize("padding", [0, 2])
+@each_causal
+def test_nan_reaches_the_tokens_that_read_it(pattern: Patterns, padding: int) -> None:
+    """Token by token, and in rows of different lengths; whatever an entry next to it is."""
+    clean = each(Tensor.float, draw(24, batch=2))
+    tokens = torch.ones(2, 24, dtype=torch.bool)
+    tokens[1, :padding] = False
+    steps = [3, *[1] * 21]
+    for bad in (3, 5, 9):
+        query, key, value = each(Tensor.clone, clean)
+        key[1, :, bad] = value[1, :, bad] = torch.nan
+        found = decode_padded(KVCache(pattern), (query, key, value), tokens, steps)
+        expected = decode_padded(KVCache(pattern), clean, tokens, steps)
+        touched = found.isnan().any(-1)
+        reads = torch.nn.functional.pad(read_by(pattern, bad - padding), (padding, 0))[:, :24]
+        assert torch.equal(touched[1], reads.repeat_interleave(2, 0))
+        assert not touched[0].any()
+        torch.testing.assert_close(found[~touched], expected[~touched])
 
 
 def test_nan_stays_in_its_block_and_its_row() -> None:

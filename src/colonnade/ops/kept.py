@@ -98,11 +98,8 @@ def _attend_heads(
             assert kept.places is not None
             keys = Seen(mask, *kept.places())
         call = call._replace(pattern=kept.heads.pattern, keys=keys)
-        if choose(query, key, value, call, backend) not in SKIP_UNMARKED:
-            # Whatever earlier positions left there: NaN would come through a mask.
-            key, value = (t.masked_fill(~mask.mT, 0) for t in (key, value))
-        return run(query, key, value, call, backend)
-    if len(rows) == 1 and is_token is None:
+        return _attend_marked(query, key, value, mask, call, backend)
+    if not _marks(kept, is_token, q_len):
         call, span = kept_call(call, kept.heads.pattern, rows[0], q_len, key.shape[1])
         if span is not None and span.stop - span.start < key.shape[2]:
             key, value = key[:, :, span.start : span.stop], value[:, :, span.start : span.stop]
@@ -114,7 +111,7 @@ def _attend_heads(
         mask = _last_mask(kept, query.shape[0], key) & is_token[:, None, None]
         keys = Seen(mask) if call.dropout.p == 0 else Seen(mask, *_last_places(kept, key))
         call = call._replace(pattern=kept.heads.pattern, keys=keys)
-        return run(query, key, value, call, backend)
+        return _attend_marked(query, key, value, mask, call, backend)
     compute = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=compute)
@@ -131,6 +128,21 @@ def _attend_heads(
     return out, lse
 
 
+def _marks(kept: KeptHeads, is_token: Bool[Tensor, "batch q_len"] | None, q_len: int) -> bool:
+    """Whether batch rows differ, or one query reads entries with a gap between them."""
+    is_alike = len(kept.rows) == 1 and is_token is None
+    return not is_alike or (q_len == 1 and kept.rows[0].span is None)
+
+
+def _attend_marked(
+    query: Query, key: Key, value: Value, mask: SeenMask, call: Call, backend: str
+) -> tuple[Output, LogSumExp | None]:
+    """Attend to marked entries, whatever is in the others: NaN would come through a mask."""
+    if choose(query, key, value, call, backend) not in SKIP_UNMARKED:
+        key, value = (t.masked_fill(~mask.mT, 0) for t in (key, value))
+    return run(query, key, value, call, backend)
+
+
 def kept_call(
     call: Call, pattern: Pattern, group: RowGroup, q_len: int, num_kv_heads: int
 ) -> tuple[Call, range | None]:
@@ -139,7 +151,8 @@ def kept_call(
     None instead of the entries means all of them.
     """
     call = call._replace(pattern=pattern)
-    if q_len == 1 and group.span is not None:
+    if q_len == 1:
+        assert group.span is not None, "else entries are marked"
         keys = Seen(None)
         if call.dropout.p > 0:
             places = kept_positions(pattern, group.seq_len + 1, group.begin, num_kv_heads)
@@ -159,7 +172,7 @@ def expected_call(
     call: Call, kept: KeptHeads, is_token: Bool[Tensor, "batch q_len"] | None, q_len: int
 ) -> Call:
     """Return the call that `attend_kept` would make for a head group, but for the mask in it."""
-    if len(kept.rows) == 1 and is_token is None:
+    if not _marks(kept, is_token, q_len):
         return kept_call(call, kept.heads.pattern, kept.rows[0], q_len, 1)[0]
     return call._replace(pattern=kept.heads.pattern, keys=Seen(None) if q_len == 1 else call.keys)
 
