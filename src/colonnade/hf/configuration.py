@@ -87,6 +87,8 @@ class SparseTransformerConfig(PreTrainedConfig):
             h mod subblocks.
         pattern: "fixed", or for comparison "strided", "local" (a window as wide as the stride) or
             "full".
+        sinks: Number of positions at the start of a sequence that all later positions read, under
+            "fixed" and "local".
         scheme: The use of the two factors of a fixed or strided pattern: "merged" (every head
             reads both), "interleaved" (layers take turns) or "multihead" (in every layer the first
             half of the key heads reads its own blocks, the rest reads the summaries).
@@ -118,6 +120,7 @@ class SparseTransformerConfig(PreTrainedConfig):
         "colonnade_stride": "stride",
         "colonnade_summary": "summary",
         "colonnade_subblocks": "subblocks",
+        "colonnade_sinks": "sinks",
         "colonnade_pattern": "pattern",
         "colonnade_scheme": "scheme",
     }
@@ -133,6 +136,7 @@ class SparseTransformerConfig(PreTrainedConfig):
     stride: int = 128
     summary: int = 32
     subblocks: int = 1
+    sinks: int = 0
     pattern: str = "fixed"
     scheme: str = "merged"
     image_shape: list[int] | None = None
