@@ -1,6 +1,7 @@
 """Time the package in two checkouts, alternating in one run, to see what a change costs.
 
     python benchmarks/paired.py --old /path/to/old/src --new src --rounds 9
+    python benchmarks/paired.py --old src --new src --sinks 1    # what a sink costs
 
 Each checkout has one worker process, which imports its own copy of the package and times a row when
 it is told to. In every round both time the row, one after the other, and the order is swapped from
@@ -22,9 +23,12 @@ import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:  # Each worker imports its own copy.
+    from colonnade import KVCache
 
 HEADS, HEAD_DIM, STRIDE, SUMMARY = 8, 64, 128, 8
 LENGTHS = (256, 4_096, 16_384)
@@ -63,7 +67,7 @@ ROWS = {
 }
 
 
-def serve(src: Path) -> None:
+def serve(src: Path, sinks: int) -> None:
     """Time rows of the package in `src`: for each line "row<tab>calls" print the seconds of a call.
 
     They are the median of the calls, after one that does not count.
@@ -74,23 +78,25 @@ def serve(src: Path) -> None:
     assert Path(colonnade.__file__).is_relative_to(src), f"{colonnade.__file__} is not below {src}"
     for line in sys.stdin:
         name, calls = line.rstrip("\n").split("\t")
-        measure = prepare(ROWS[name])
+        measure = prepare(ROWS[name], sinks)
         measure()
         print(statistics.median(measure() for _ in range(int(calls))), flush=True)
 
 
 @functools.cache
-def prepare(row: Row) -> Callable[[], float]:
+def prepare(row: Row, sinks: int) -> Callable[[], float]:
     """Draw the inputs of a row, and return what times one call of it."""
     import colonnade
 
     pattern = colonnade.FixedPattern(STRIDE, SUMMARY)
+    if sinks > 0:  # An old checkout knows none.
+        pattern = colonnade.FixedPattern(STRIDE, SUMMARY, sinks=sinks)
     torch.manual_seed(0)
     query, key, value, grad = (
         torch.randn(1, HEADS, row.length, HEAD_DIM).to(getattr(torch, row.dtype)) for _ in range(4)
     )
     if row.operation == TOKEN:
-        return _prepare_token(query, key, value)
+        return _prepare_token(colonnade.KVCache(pattern, CACHED + TOKENS), query, key, value)
     if row.operation == "attention_varlen":
         query, key, value, grad = (
             t[0].transpose(0, 1).contiguous() for t in (query, key, value, grad)
@@ -112,12 +118,9 @@ def prepare(row: Row) -> Callable[[], float]:
 
 
 def _prepare_token(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    cache: KVCache, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> Callable[[], float]:
     """Fill a cache, and return what times one token: several are appended, then taken back."""
-    import colonnade
-
-    cache = colonnade.KVCache(colonnade.FixedPattern(STRIDE, SUMMARY), CACHED + TOKENS)
     with torch.no_grad():
         cache.attend(query, key, value)
     tokens = [tuple(t[:, :, i : i + 1].clone() for t in (query, key, value)) for i in range(TOKENS)]
@@ -144,10 +147,10 @@ def _seconds(run: Callable[[], None]) -> float:
 class Worker:
     """The process that times rows of one checkout."""
 
-    def __init__(self, src: Path) -> None:
+    def __init__(self, src: Path, sinks: int = 0) -> None:
         self.src = src
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", str(src)],
+            [sys.executable, __file__, "--serve", str(src), "--sinks", str(sinks)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -192,16 +195,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="number of rounds of each row")
     parser.add_argument("--bar", type=float, default=1.03, help="largest median that passes")
     parser.add_argument("--only", default="", help="compare only rows whose name contains this")
+    parser.add_argument("--sinks", type=int, default=0, help="sinks of the new checkout's pattern")
     parser.add_argument("--serve", type=Path, help="be the worker of this src folder")
     given = parser.parse_args()
     if given.serve is not None:
-        serve(given.serve)
+        serve(given.serve, given.sinks)
         return
     for option in ("old", "new"):
         src = getattr(given, option)
         if src is None or not (src / "colonnade" / "__init__.py").is_file():
             parser.error(f"--{option} must be a src folder that holds colonnade, got {src}")
-    old, new = Worker(given.old.resolve()), Worker(given.new.resolve())
+    old, new = Worker(given.old.resolve()), Worker(given.new.resolve(), given.sinks)
     print(f"{'row':58}{'old, ms':>10}{'new/old':>9}")
     names = [name for name in ROWS if given.only in name]
     above = [name for name in names if compare(name, old, new, given.rounds) > given.bar]
