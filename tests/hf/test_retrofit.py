@@ -185,7 +185,7 @@ def test_attention_of_another_kind_raises_where_it_is_called() -> None:
     """Settings alone do not make a model one that may have them."""
     settings = {"colonnade_stride": 8, "colonnade_summary": 2, "attn_implementation": "colonnade"}
     ids = prompts(1, 12)
-    with pytest.raises(NotImplementedError, match=r"a sliding window, a prefix"):
+    with pytest.raises(NotImplementedError, match=r"read within it, got sliding_window=8 and Fix"):
         dense_model("mistral", sliding_window=8, **settings)(ids)
     with pytest.raises(ValueError, match=r"needs colonnade_stride.*retrofit"):
         dense_model("llama", attn_implementation="colonnade")(ids)
@@ -199,10 +199,17 @@ def test_attention_of_another_kind_raises_where_it_is_called() -> None:
         model(ids, attention_mask=torch.ones(1, 1, 12, 12))
     attention = model.model.layers[0].self_attn
     query, key, value = torch.randn(3, 1, 4, 12, 8, dtype=torch.float64)
-    for name in ("softcap", "s_aux", "sliding_window"):
-        option: dict[str, Any] = {name: 8}
-        with pytest.raises(NotImplementedError, match=f"has no {name}"):
-            attention_function(attention, query, key, value, PatternMask(is_of_call=True), **option)
+    mask = PatternMask(is_of_call=True)
+    with pytest.raises(NotImplementedError, match="has no softcap, got softcap=8"):
+        attention_function(attention, query, key, value, mask, softcap=8)
+    with pytest.raises(NotImplementedError, match=r"one sliding window, got .*and 8 in its call"):
+        attention_function(attention, query, key, value, mask, sliding_window=8)
+    with pytest.raises(NotImplementedError, match=r"one sliding window, got .*, 8 in the mask"):
+        attention_function(attention, query, key, value, PatternMask(window=8, is_of_call=True))
+    with pytest.raises(TypeError, match="learnt sink logits must be floating-point"):
+        attention_function(attention, query, key, value, mask, s_aux=torch.ones(4).long())
+    with pytest.raises(ValueError, match=r"one learnt .* shape \(2,\) for 4 query heads"):
+        attention_function(attention, query, key, value, mask, s_aux=torch.ones(2))
     with pytest.raises(NotImplementedError, match="causal self-attention only"):
         attention_function(
             attention, query, key, value, PatternMask(is_of_call=True), is_causal=False

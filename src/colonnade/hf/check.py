@@ -9,14 +9,7 @@ from functools import cache
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_CHANGES_THE_RESULT = {
-    "sliding_window": "a sliding window",
-    "attention_chunk_size": "chunked attention",
-    "attn_logit_softcapping": "capped scores",
-}
-"""Settings of other models that no fixed pattern can follow, and what each of them means."""
-_OF_LAYER_TYPES = ("sliding_window", "attention_chunk_size")
-"""Those of them that concern only the layers which `layer_types` names, where there is one."""
+from colonnade.hf.settings import of_layer
 
 
 def check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -69,20 +62,13 @@ def check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
                 f"a layer must pass its mask on as it is, got {name}, whose "
                 f"{type(layer).__name__} looks into it."
             )
-    of_layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    for of_layer in of_layers:
-        for setting, meaning in _CHANGES_THE_RESULT.items():
-            if setting in _OF_LAYER_TYPES and getattr(config, "layer_types", None):
-                continue  # layer_types, below, says whether a layer reads it.
-            if value := getattr(of_layer, setting, None):
-                raise NotImplementedError(
-                    f"a fixed pattern cannot have {meaning}, got {setting}={value!r} for {name}. "
-                    f"Set model.config.{setting}=None if the model can do without."
-                )
-    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
-        raise NotImplementedError(
-            f"every layer must have full attention, got layer_types with {other} for {name}."
-        )
+    for index in range(config.num_hidden_layers):
+        if cap := getattr(of_layer(config, index), "attn_logit_softcapping", None):
+            raise NotImplementedError(
+                "a fixed pattern cannot have capped scores: no backend computes the tanh between "
+                f"scores and softmax, got attn_logit_softcapping={cap!r} for {name}. Load it with "
+                "attn_logit_softcapping=None if it can do without."
+            )
 
 
 @cache

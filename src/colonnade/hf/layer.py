@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from colonnade.cache import Entries, KVCache
 from colonnade.ops.heads import Patterns, depends_on_head
+from colonnade.ops.sink_logits import check_sink_logits, with_sink_logits
 from colonnade.shapes import Key, Output, Query, Value
 
 
@@ -104,9 +105,23 @@ class FixedLayer(CacheLayerMixin):
         return entries
 
     def read(
-        self, query: Query, key: Key, value: Value, scale: float | None, dropout: float
+        self,
+        query: Query,
+        key: Key,
+        value: Value,
+        scale: float | None,
+        dropout: float,
+        sink_logits: Float[Tensor, " heads"] | None = None,
     ) -> Output:
         """Attend to what the last update returned, or to what the model made of each entry of it.
+
+        Args:
+            query: [batch, heads, q_len, qk_dim].
+            key: [batch, kv_heads, kept, qk_dim].
+            value: [batch, kv_heads, kept, v_dim].
+            scale: Factor on the scores; 1/sqrt(qk_dim) if None.
+            dropout: Share of the weights that is dropped.
+            sink_logits: See `with_sink_logits`; None: there are none.
 
         Raises:
             ValueError: There was no update, or entries were added to it.
@@ -127,12 +142,16 @@ class FixedLayer(CacheLayerMixin):
                 f"{key.shape[1]} heads of the {given[0].shape[1]} in its cache. Use a "
                 "DynamicCache, or subblocks=1."
             )
-        if not self.kv.static:
-            return self.kv.read(query, key, value, scale, dropout)
-        self.given = None  # So that it is no result of a compiled step.
-        if key is given[0] and value is given[1]:
-            return self.kv.read(query, given, None, scale, dropout)
-        return self.kv.read(query, key, value, scale, dropout)
+        entries: tuple[Key | Entries, Value | None] = key, value
+        if self.kv.static:
+            if key is given[0] and value is given[1]:
+                entries = given, None
+            self.given = None  # So that it is no result of a compiled step.
+        if sink_logits is None:
+            return self.kv.read(query, *entries, scale, dropout)
+        check_sink_logits(sink_logits, query.shape[1])
+        out, lse = self.kv.read(query, *entries, scale, dropout, return_lse=True)
+        return with_sink_logits(out, lse, sink_logits)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (positions with the next ones, 0), as if everything were kept.

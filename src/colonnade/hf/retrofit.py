@@ -7,7 +7,7 @@ the model gives what it gave before.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import SupportsIndex, TypeVar
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from colonnade.hf.check import check_model
 from colonnade.hf.checkpoint import write_name
 from colonnade.hf.settings import NAME, of_layer, write_patterns
+from colonnade.hf.windows import window_of
 from colonnade.ops.heads import Patterns, check_patterns
-from colonnade.pattern import FixedPattern, FullPattern
+from colonnade.pattern import FixedPattern, FullPattern, LocalPattern
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -41,8 +42,9 @@ def retrofit(
     `set_attn_implementation` changes the model in memory alone, not what is saved of it. For the
     small cache, pass `past_key_values=FixedCache(model.config)` to `generate`.
 
-    The layers that get no pattern attend as they always did, through the same attention function.
-    A second call begins with the model as it was before the first one.
+    The layers that get no pattern attend as they always did, through the same attention function:
+    to everything, or within their sliding window. A second call begins with the model as it was
+    before the first one.
 
     Args:
         model: The model, which is changed in place.
@@ -50,8 +52,8 @@ def retrofit(
         summary: Number c of columns of every block that all later positions read.
         subblocks: Number of sub-blocks; key/value head h reads the summary columns of sub-block
             h mod subblocks.
-        layers: Indices of the layers that get the pattern, integers of any kind. All layers if
-            None.
+        layers: Indices of the layers that get the pattern, integers of any kind. All layers with
+            full attention if None. A layer with a sliding window keeps it.
         sinks: Number of positions at the start of a sequence that all later positions read.
         patterns: Instead of all these, the pattern of each layer that gets one, by its index: a
             merged FixedPattern or StridedPattern, a LocalPattern or a FullPattern; or a tuple of
@@ -66,9 +68,10 @@ def retrofit(
         ValueError: The pattern does not exist or cannot be written into a configuration, the model
             lacks a layer in `layers` or `patterns`, `patterns` come with other arguments, or the
             model is a Sparse Transformer, which has a pattern already.
-        NotImplementedError: The model attends in a way that has no fixed pattern (windows, capped
-            scores, cross-attention, both directions), looks into its mask, or does not attend
-            through transformers' attention interface.
+        NotImplementedError: A layer with a sliding window is to get another pattern, or no layer
+            is without one; or the model attends in a way that has no pattern here (in chunks, with
+            capped scores, cross-attention, both directions), looks into its mask, or does not
+            attend through transformers' attention interface.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -78,12 +81,13 @@ def retrofit(
     usual = _usual_pattern(stride, summary, subblocks, layers, sinks, patterns)
     config = model.config.get_text_config(decoder=True)
     check_model(model, config)
-    every: list[Patterns] = [FullPattern()] * config.num_hidden_layers
-    chosen = _chosen(usual, layers, patterns, len(every))
+    windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
+    own: list[Patterns] = [FullPattern() if w is None else LocalPattern(w) for w in windows]
+    chosen = _chosen(usual, layers, patterns, windows)
     for layer, pattern in chosen.items():
-        every[layer] = pattern
         _check_heads(of_layer(config, layer), pattern, layer)
-    write_patterns(config, every, usual)
+    _check_windows(chosen, own)
+    write_patterns(config, [chosen.get(layer, own[layer]) for layer in range(len(own))], usual)
     inside = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
     model.set_attn_implementation({inside[0]: NAME} if inside else NAME)
     write_name(model.config)
@@ -130,17 +134,26 @@ def _chosen(
     usual: Patterns | None,
     layers: Iterable[SupportsIndex] | None,
     patterns: Mapping[SupportsIndex, Patterns] | None,
-    num_layers: int,
+    windows: Sequence[int | None],
 ) -> dict[int, Patterns]:
     """Return the patterns that are asked for, by layer."""
-    name, named = "layers", range(num_layers) if layers is None else layers
+    name, named = "layers", layers
     if patterns is not None:
         name, named = "patterns", patterns
+    elif layers is None:
+        named = [layer for layer, window in enumerate(windows) if window is None]
+        if not named:
+            raise NotImplementedError(
+                f"every layer has a sliding window, got sliding_window={windows[0]}, and such "
+                "layers stay as they are. Set model.config.sliding_window=None if the model can "
+                "do without; layers=[] has it run as it is."
+            )
+    assert named is not None, "one of them is given"
     indices = [_layer_index(layer, name) for layer in named]
-    if any(layer not in range(num_layers) for layer in indices):
+    if any(layer not in range(len(windows)) for layer in indices):
         raise ValueError(
             f"{name} must be in [0, num_hidden_layers), got {name}={indices} and "
-            f"num_hidden_layers={num_layers}."
+            f"num_hidden_layers={len(windows)}."
         )
     if usual is not None:
         return dict.fromkeys(indices, usual)
@@ -148,6 +161,18 @@ def _chosen(
     if len(set(indices)) < len(indices):
         raise ValueError(f"patterns must name a layer once, got layers {indices}.")
     return dict(zip(indices, patterns.values(), strict=True))
+
+
+def _check_windows(chosen: Mapping[int, Patterns], own: Sequence[Patterns]) -> None:
+    """Refuse another pattern for a layer with a sliding window: its mask hides what is outside."""
+    for layer, pattern in chosen.items():
+        if isinstance(own[layer], LocalPattern) and pattern != own[layer]:
+            full = [index for index, each in enumerate(own) if isinstance(each, FullPattern)]
+            raise NotImplementedError(
+                "a layer with a sliding window keeps it, for the model hides from it what is "
+                f"outside, got {pattern} for layer {layer}, which has {own[layer]}. Name layers "
+                f"with full attention, here {full}."
+            )
 
 
 def _check_heads(config: PreTrainedConfig, patterns: Patterns, layer: int) -> None:

@@ -35,7 +35,7 @@ from colonnade.hf.batch import (
 )
 from colonnade.hf.continued import has_documents, positions_behind, remember_end
 from colonnade.hf.documents import counted, read_batch
-from colonnade.hf.mask import PatternMask
+from colonnade.hf.mask import PatternMask, masks_of_this_call
 from colonnade.hf.names import give_one_name
 from colonnade.hf.settings import NAME
 
@@ -140,6 +140,9 @@ class _Before:
                 changes["position_ids"] = counted(batch.begins, padding)
             elif (positions := positions_behind(cache, tokens, padding)) is not None:
                 changes["position_ids"] = positions
+        if isinstance(masks := arguments.get("attention_mask"), dict):
+            running.batch = batch  # What masks are made of.
+            changes["attention_mask"] = masks_of_this_call(masks)
         said = (tokens, *map((arguments | changes).get, SAID))
         running.batch = replace(batch, said=said)
         return changes

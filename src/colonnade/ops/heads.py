@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias, TypedDict
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from colonnade.backends.dropout import Dropout
 from colonnade.ops.attention import attend, attend_packed
 from colonnade.ops.check import as_dropout, check_not_traced
 from colonnade.ops.packing import Packing
+from colonnade.ops.sink_logits import check_sink_logits, with_sink_logits
 from colonnade.pattern import Pattern
 from colonnade.shapes import Key, Output, Query, Value
 
@@ -43,6 +45,26 @@ class HeadGroup(NamedTuple):
         return dropout._replace(first_head=dropout.first_head + self.first * each)
 
 
+class HeadOptions(NamedTuple):
+    """What the heads of one group have of their own, besides tensors."""
+
+    pattern: Pattern
+    dropout: Dropout
+    sink_logits: Float[Tensor, " heads"] | None
+    """See `with_sink_logits`; None: there are none."""
+
+    def finish(
+        self,
+        out: Float[Tensor, "*batch heads q_len v_dim"],
+        lse: Float[Tensor, "*batch heads q_len"] | None,
+    ) -> Float[Tensor, "*batch heads q_len v_dim"]:
+        """Return the output of a call with the learnt sink logits, which ask for its lse."""
+        if self.sink_logits is None:
+            return out
+        assert lse is not None, "asked for"
+        return with_sink_logits(out, lse, self.sink_logits)
+
+
 def head_groups(patterns: Patterns, num_kv_heads: int) -> Iterator[HeadGroup]:
     """Split the key heads into one group for each pattern; the first ones are longer by one."""
     if not isinstance(patterns, tuple):
@@ -58,29 +80,28 @@ def head_groups(patterns: Patterns, num_kv_heads: int) -> Iterator[HeadGroup]:
 
 
 def in_head_groups(
-    attend: Callable[[Pattern, Dropout, Query, Key, Value], Tensor],
+    attend: Callable[[HeadOptions, Query, Key, Value], Tensor],
     patterns: Patterns,
     dropout: Dropout,
     query: Query,
     key: Key,
     value: Value,
+    sink_logits: Tensor | None = None,
 ) -> Output:
     """Call `attend` for each head group by itself, and put the results together.
 
     All of them drop weights by one seed, which is drawn here if it was not before.
     """
-    kv_heads = key.shape[1]
+    heads, kv_heads = query.shape[1], key.shape[1]
     dropout = dropout.drawn(query.device)
-    return join_heads(
-        [
-            attend(
-                group.pattern,
-                group.part_of(dropout, query.shape[1] // kv_heads),
-                *(group.of(t, kv_heads) for t in (query, key, value)),
-            )
-            for group in head_groups(patterns, kv_heads)
-        ]
-    )
+    if sink_logits is not None:
+        check_sink_logits(sink_logits, heads)
+    parts = []
+    for group in head_groups(patterns, kv_heads):
+        logits = None if sink_logits is None else group.of(sink_logits[None], kv_heads)[0]
+        options = HeadOptions(group.pattern, group.part_of(dropout, heads // kv_heads), logits)
+        parts.append(attend(options, *(group.of(t, kv_heads) for t in (query, key, value))))
+    return join_heads(parts)
 
 
 def join_heads(parts: Sequence[Tensor]) -> Tensor:
@@ -91,6 +112,7 @@ def join_heads(parts: Sequence[Tensor]) -> Tensor:
 class _Options(TypedDict):
     scale: float | None
     dropout: Dropout
+    return_lse: bool
     backend: str
 
 
@@ -103,6 +125,7 @@ def attention_in_groups(
     scale: float | None = None,
     dropout: float | Dropout = 0.0,
     backend: str = "auto",
+    sink_logits: Float[Tensor, " heads"] | None = None,
 ) -> Output:
     """`attention`, or under a packing `attention_varlen`, for each head group by its pattern.
 
@@ -115,20 +138,25 @@ def attention_in_groups(
         scale: Factor on the scores; 1/sqrt(qk_dim) if None.
         dropout: Share of the weights that is dropped; or, of a part of a larger call, which part.
         backend: "auto", or the backend that has to run.
+        sink_logits: One more score in the softmax of each query head; see `with_sink_logits`.
     """
 
-    def attend_group(
-        pattern: Pattern, dropout: Dropout, query: Query, key: Key, value: Value
-    ) -> Output:
-        options: _Options = {"scale": scale, "dropout": dropout, "backend": backend}
+    def attend_group(of_heads: HeadOptions, query: Query, key: Key, value: Value) -> Output:
+        options: _Options = {
+            "scale": scale,
+            "dropout": of_heads.dropout,
+            "return_lse": sink_logits is not None,
+            "backend": backend,
+        }
         if packing is None:
-            return attend(query, key, value, pattern, **options)[0]
+            return of_heads.finish(*attend(query, key, value, of_heads.pattern, **options))
         q, k, v = (packing.pack(t.transpose(1, 2)) for t in (query, key, value))
-        out, _ = attend_packed(q, k, v, packing.cu_seqlens, pattern, **options)
-        return packing.unpack(out).transpose(1, 2)
+        out, lse = attend_packed(q, k, v, packing.cu_seqlens, of_heads.pattern, **options)
+        finished = of_heads.finish(out.transpose(0, 1), lse)
+        return packing.unpack(finished.transpose(0, 1)).transpose(1, 2)
 
     dropout = as_dropout(dropout)
-    return in_head_groups(attend_group, patterns, dropout, query, key, value)
+    return in_head_groups(attend_group, patterns, dropout, query, key, value, sink_logits)
 
 
 def check_patterns(patterns: Patterns, num_kv_heads: int) -> None:
