@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,13 +21,16 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from colonnade.hf import FixedCache, retrofit
 from colonnade.hf.attention import attention_function
 from colonnade.hf.settings import NAME, patterns_of
-from colonnade.pattern import FixedPattern
+from colonnade.pattern import FixedPattern, FullPattern, LocalPattern, Pattern
 from tests.hf import models
-from tests.hf.models import dense_model, random_model
-from tests.oracle import dense_attention, fixed_mask, full_set, mask_of_sets
+from tests.hf.models import dense_model, random_model, windowed_model
+from tests.oracle import dense_attention, fixed_set, full_set, local_set, mask_of_sets
 
 OURS = "sparse_transformer"
-FAMILIES = (OURS, *models.FAMILIES, *models.MORE_FAMILIES)
+WINDOWED = tuple(f"{family} with windows" for family in models.WINDOWED_FAMILIES)
+FAMILIES = (OURS, *models.FAMILIES, *models.MORE_FAMILIES, *WINDOWED)
+LAYOUTS = ("one", "sub-blocks", "sinks", "heads")
+"""What the layers read that read something else than they did."""
 STRIDE, SUMMARY = 8, 2
 MASK_TYPES = (torch.long, torch.int32, torch.bool, torch.float32, torch.uint8)
 KINDS = ("padded", "packed", "flattened", "cached", "restarted", "bad")
@@ -49,7 +52,7 @@ class Draw:
     family: str
     kind: str
     way: str
-    subblocks: int
+    layout: str
     cache: str
     number: Tensor
     positions: Tensor
@@ -59,11 +62,33 @@ class Draw:
 
 
 @cache
-def model_of(family: str, subblocks: int) -> Any:
-    """Return a model whose middle layer, if it has three, reads everything."""
+def model_of(family: str, layout: str) -> Any:
+    """Return a model whose layer in the middle, if it has three, reads something else.
+
+    Layers with a window keep it. Of three layers that have none, the one in the middle reads
+    everything, or a window and sinks.
+    """
     if family == OURS:
-        return random_model(max_position_embeddings=128, subblocks=subblocks)
-    return retrofit(dense_model(family), STRIDE, SUMMARY, subblocks, layers=[0, 2])
+        settings: dict[str, dict[str, Any]] = {
+            "one": {"subblocks": 1},
+            "sub-blocks": {"subblocks": 2},
+            "sinks": {"subblocks": 1, "sinks": 3},
+            "heads": {"colonnade_heads": [{"pattern": "local", "window": 5, "sinks": 1}, {}]},
+        }
+        return random_model(max_position_embeddings=128, **settings[layout])
+    pattern = {
+        "one": FixedPattern(STRIDE, SUMMARY),
+        "sub-blocks": FixedPattern(STRIDE, SUMMARY, 2),
+        "sinks": FixedPattern(STRIDE, SUMMARY, sinks=3),
+        "heads": (LocalPattern(5, sinks=1), FixedPattern(STRIDE, SUMMARY)),
+    }[layout]
+    if family in WINDOWED:
+        name = family.removesuffix(" with windows")
+        chosen: Any = {} if name in models.ALL_WINDOWED else {1: pattern}
+        return retrofit(windowed_model(name), patterns=chosen)
+    middle = {"sinks": LocalPattern(5, sinks=2), "heads": (FullPattern(), LocalPattern(3))}
+    chosen = {0: pattern, 1: middle.get(layout, FullPattern()), 2: pattern}
+    return retrofit(dense_model(family), patterns=chosen)
 
 
 def _oracle(
@@ -73,18 +98,48 @@ def _oracle(
     value: Tensor,
     *_: Any,
     scaling: Any = None,
+    s_aux: Tensor | None = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as the definition says, over one whole document."""
+    """Attend as the definition says, over one whole document.
+
+    A learnt sink logit is one more key, which all queries read and whose value is zero; another
+    entry of queries and keys gives it the score.
+    """
     heads, length = key.shape[1:3]
-    pattern = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
-    if isinstance(pattern, FixedPattern):
-        mask = fixed_mask(length, heads, pattern.stride, pattern.summary, pattern.subblocks)
-    else:
-        mask = mask_of_sets(length, heads, lambda _, i: full_set(i, length))
+    patterns = patterns_of(module.config, module.layer_idx)  # type: ignore[arg-type]
+    mask = _mask_of(patterns, heads, length)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if s_aux is not None:
+        score = (s_aux / scale).view(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        query = torch.cat([query, score], 3)
+        key = nn.functional.pad(key, (0, 1, 0, 1))
+        key[:, :, -1, -1] = 1
+        value = nn.functional.pad(value, (0, 0, 0, 1))
+        mask = nn.functional.pad(mask, (0, 1), value=True)
     out, _lse = dense_attention(query, key, value, mask, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _mask_of(patterns: Any, heads: int, length: int) -> Tensor:
+    """Return the mask [heads, length, length]; each group counts its heads from 0."""
+    groups = patterns if isinstance(patterns, tuple) else (patterns,)
+    sizes = [heads // len(groups) + (g < heads % len(groups)) for g in range(len(groups))]
+
+    def read(pattern: Pattern, head: int, i: int) -> set[int]:
+        if isinstance(pattern, FixedPattern):
+            sizes = pattern.stride, pattern.summary, head, pattern.subblocks
+            return fixed_set(i, length, *sizes, sinks=pattern.sinks)
+        if isinstance(pattern, LocalPattern):
+            return local_set(i, length, pattern.window, pattern.sinks)
+        assert isinstance(pattern, FullPattern)
+        return full_set(i, length)
+
+    parts = [
+        mask_of_sets(length, size, partial(read, pattern))
+        for pattern, size in zip(groups, sizes, strict=True)
+    ]
+    return torch.cat(parts)
 
 
 @contextmanager
@@ -109,7 +164,7 @@ def draw_call(seed: int, number: int) -> Draw:
         "restarted": _restarted,
         "bad": _bad,
     }
-    return make[kind](r, r.choice(FAMILIES), r.choice((1, 2)))
+    return make[kind](r, r.choice(FAMILIES), r.choice(LAYOUTS))
 
 
 def _documents(r: random.Random, lengths: list[list[int]], jumps: bool) -> tuple[Tensor, Tensor]:
@@ -153,7 +208,7 @@ def _mask(r: random.Random, number: Tensor) -> Tensor:
     return (number >= 0).to(r.choice(MASK_TYPES))
 
 
-def _padded(r: random.Random, family: str, subblocks: int) -> Draw:
+def _padded(r: random.Random, family: str, layout: str) -> Draw:
     """Rows of unlike lengths, each one document."""
     rows, longest = r.randint(1, 4), r.randint(1, 40)
     side = r.choice(("left", "right", "both", "anywhere"))
@@ -176,7 +231,7 @@ def _padded(r: random.Random, family: str, subblocks: int) -> Draw:
         positions = _default_positions(family, number)
     kept = r.choice(("none", "default"))
     return Draw(
-        family, "padded", f"{way}, {side}", subblocks, kept, number, positions, [longest], [given]
+        family, "padded", f"{way}, {side}", layout, kept, number, positions, [longest], [given]
     )
 
 
@@ -187,7 +242,7 @@ def _default_positions(family: str, number: Tensor) -> Tensor:
     return torch.arange(number.shape[1]).repeat(len(number), 1)
 
 
-def _packed(r: random.Random, family: str, subblocks: int) -> Draw:
+def _packed(r: random.Random, family: str, layout: str) -> Draw:
     """Documents that positions say, with a mask of ones, with padding, or without a mask."""
     rows, length = r.randint(1, 3), r.randint(2, 40)
     lengths = [_lengths(r, length, 5) for _ in range(rows)]
@@ -200,12 +255,10 @@ def _packed(r: random.Random, family: str, subblocks: int) -> Draw:
         given["attention_mask"] = _mask(r, number)
     given["position_ids"] = positions
     kept = r.choice(("none", "default"))
-    return Draw(
-        family, "packed", way, subblocks, kept, number, positions, [number.shape[1]], [given]
-    )
+    return Draw(family, "packed", way, layout, kept, number, positions, [number.shape[1]], [given])
 
 
-def _flattened(r: random.Random, family: str, subblocks: int) -> Draw:
+def _flattened(r: random.Random, family: str, layout: str) -> Draw:
     """Documents as collators hand them to flash attention and state space models."""
     rows, length = r.choice((1, 1, 2)), r.randint(2, 40)
     lengths = [_lengths(r, length, 5) for _ in range(rows)]
@@ -227,12 +280,12 @@ def _flattened(r: random.Random, family: str, subblocks: int) -> Draw:
         given["attention_mask"] = _mask(r, number)
     kept = r.choice(("none", "default"))
     way = " and ".join(given)
-    return Draw(family, "flattened", way, subblocks, kept, number, positions, [length], [given])
+    return Draw(family, "flattened", way, layout, kept, number, positions, [length], [given])
 
 
-def _cached(r: random.Random, family: str, subblocks: int) -> Draw:
+def _cached(r: random.Random, family: str, layout: str) -> Draw:
     """One document in each row, padded or not, in chunks through a cache."""
-    draw = _padded(r, family, subblocks)
+    draw = _padded(r, family, layout)
     number, positions = draw.number, draw.positions
     if r.random() < 0.4:
         number, positions = _documents(r, [[number.shape[1]]] * len(number), r.random() < 0.4)
@@ -246,6 +299,9 @@ def _cached(r: random.Random, family: str, subblocks: int) -> Draw:
     draw.kind, draw.cache = "cached", r.choice(("fixed", "dynamic", "static"))
     draw.way = f"mask {says}, positions {counts}"
     draw.given = _pieces(draw.ends, mask if says else None, positions if counts else None)
+    # Such a cache drops positions, and a window counts tokens.
+    gaps = ((number[:, :-1] >= 0) & (number[:, 1:] < 0)).any()
+    draw.may_refuse = bool(gaps) and family in WINDOWED and draw.cache != "fixed"
     return draw
 
 
@@ -262,7 +318,7 @@ def _pieces(ends: list[int], mask: Tensor | None, positions: Tensor | None) -> l
     return pieces
 
 
-def _restarted(r: random.Random, family: str, subblocks: int) -> Draw:
+def _restarted(r: random.Random, family: str, layout: str) -> Draw:
     """Documents that begin where a chunk does, in a cache that goes on."""
     rows = r.randint(1, 3)
     ends = sorted({r.randint(1, 40) for _ in range(4)})
@@ -281,14 +337,12 @@ def _restarted(r: random.Random, family: str, subblocks: int) -> Draw:
     counted = jumps and any((positions[:, end] == end).any() for end in ends[:-1])
     may_refuse = (unlike and kept != "fixed") or bool(positions[0, 0] > 0) or counted
     way = f"mask {mask is not None}"
-    return Draw(
-        family, "restarted", way, subblocks, kept, number, positions, ends, given, may_refuse
-    )
+    return Draw(family, "restarted", way, layout, kept, number, positions, ends, given, may_refuse)
 
 
-def _bad(r: random.Random, family: str, subblocks: int) -> Draw:
+def _bad(r: random.Random, family: str, layout: str) -> Draw:
     """Draw a call that contradicts itself; some of these turn out to be harmless."""
-    draw = r.choice((_padded, _packed, _cached, _restarted))(r, family, subblocks)
+    draw = r.choice((_padded, _packed, _cached, _restarted))(r, family, layout)
     draw.kind, draw.may_refuse = "bad", True
     index = r.randrange(len(draw.given))
     piece, here = draw.given[index], slice([0, *draw.ends][index], draw.ends[index])
@@ -334,7 +388,7 @@ def _bad(r: random.Random, family: str, subblocks: int) -> Draw:
 
 def results(draw: Draw, ids: Tensor) -> Tensor:
     """Return the logits of all positions, as the calls give them."""
-    model = model_of(draw.family, draw.subblocks)
+    model = model_of(draw.family, draw.layout)
     length = ids.shape[1]
     options: dict[str, Any] = {"use_cache": False} if draw.cache == "none" else {}
     if draw.cache == "fixed":
@@ -351,7 +405,7 @@ def results(draw: Draw, ids: Tensor) -> Tensor:
 
 def expected(draw: Draw, ids: Tensor) -> Tensor:
     """Return the logits of each token in its document alone, and zero at padding."""
-    model = model_of(draw.family, draw.subblocks)
+    model = model_of(draw.family, draw.layout)
     logits: Tensor | None = None
     with by_the_oracle():
         for document in range(int(draw.number.max()) + 1):

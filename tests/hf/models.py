@@ -38,6 +38,31 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 """For what is tried on many families at once."""
+WINDOW = 5
+WINDOWED: dict[str, Any] = {
+    **GROUPED,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",  # The others have no float64.
+}
+WINDOWED_FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {**GROUPED, "sliding_window": WINDOW},
+    "phi3": {**GROUPED, "sliding_window": WINDOW},
+    "qwen2": {**WINDOWED, "use_sliding_window": True},
+    "qwen3": {**WINDOWED, "use_sliding_window": True, "head_dim": 8},
+    "smollm3": {**WINDOWED, "use_sliding_window": True},
+    "gemma3_text": {**WINDOWED, "head_dim": 8},
+    "ministral": {**WINDOWED, "head_dim": 8},
+    "olmo3": WINDOWED,
+    "gpt_oss": {**WINDOWED, **EXPERTS, "head_dim": 8},
+}
+"""Models with a sliding window, in every layer or in all but the one in the middle."""
+ALL_WINDOWED = ("mistral", "phi3")
 
 
 def small_config(**changes: Any) -> SparseTransformerConfig:
@@ -76,10 +101,22 @@ def tokens(batch: int, length: int) -> Tensor:
 def dense_model(family: str, **changes: Any) -> PreTrainedModel:
     """Return a model of another architecture in float64 that always has the same weights."""
     sizes = {**FAMILIES, **MORE_FAMILIES}
-    config = AutoConfig.for_model(family, **{**SIZES, **sizes[family], **changes})
+    return _model(family, **{**sizes[family], **changes})
+
+
+def windowed_model(family: str, **changes: Any) -> PreTrainedModel:
+    """Return a model with sliding windows, as `dense_model` does."""
+    return _model(family, **{**WINDOWED_FAMILIES[family], **changes})
+
+
+def _model(family: str, **settings: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **{**SIZES, **settings})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).double().eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".sinks"):  # Far enough from 0 to matter.
+                torch.nn.init.normal_(parameter)
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -31,7 +31,7 @@ def retrofit(
     layers: Iterable[SupportsIndex] | None = None,
     *,
     sinks: int = 0,
-    patterns: Mapping[SupportsIndex, Patterns] | None = None,
+    patterns: Mapping[int, Patterns] | None = None,
 ) -> Model:
     """Give layers of a loaded causal model the pattern S_i = A1_i ∪ A2_i; see `FixedPattern`.
 
@@ -102,7 +102,7 @@ def _usual_pattern(
     subblocks: int,
     layers: Iterable[SupportsIndex] | None,
     sinks: int,
-    patterns: Mapping[SupportsIndex, Patterns] | None,
+    patterns: Mapping[int, Patterns] | None,
 ) -> FixedPattern | None:
     """Return the one pattern that is asked for; None if each layer has its own."""
     if patterns is None:
@@ -133,7 +133,7 @@ def _usual_pattern(
 def _chosen(
     usual: Patterns | None,
     layers: Iterable[SupportsIndex] | None,
-    patterns: Mapping[SupportsIndex, Patterns] | None,
+    patterns: Mapping[int, Patterns] | None,
     windows: Sequence[int | None],
 ) -> dict[int, Patterns]:
     """Return the patterns that are asked for, by layer."""
