@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -21,9 +21,19 @@ from transformers import (
     pipeline,
 )
 
-from colonnade.hf import byte_tokenizer, load, retrofit
+import colonnade as col
+from colonnade.hf import FixedCache, byte_tokenizer, load, retrofit
+from colonnade.hf.settings import patterns_of
 from tests import fresh
-from tests.hf.models import FAMILIES, SIZES, dense_model, prompts, random_model
+from tests.hf.drawn import by_the_oracle
+from tests.hf.models import (
+    FAMILIES,
+    SIZES,
+    dense_model,
+    prompts,
+    random_model,
+    windowed_model,
+)
 from tests.oracle import fixed_mask
 from tests.rounding import check_half_the_digits
 
@@ -191,3 +201,57 @@ def test_a_process_without_this_package_refuses(tmp_path: Path) -> None:
     assert "run `import colonnade.hf` before you load it" in done.stdout
     assert "upgrade" not in done.stdout
     assert done.stdout.count('attn_implementation="colonnade"` is not supported') == 3
+
+
+SINKS = col.FixedPattern(8, 2, 2, sinks=4)
+GROUPS = (col.LocalPattern(6, sinks=2), col.FixedPattern(8, 2, sinks=1))
+KINDS: dict[str, Callable[[], Any]] = {
+    "sinks": lambda: retrofit(dense_model("llama"), 8, 2, layers=[0, 2], sinks=3),
+    "heads": lambda: retrofit(dense_model("qwen2"), patterns={0: GROUPS, 2: SINKS}),
+    "windows": lambda: retrofit(windowed_model("ministral"), 8, 2, 2),
+    "window alone": lambda: retrofit(windowed_model("mistral"), 8, 2, layers=[]),
+    "learnt sink logits": lambda: retrofit(windowed_model("gpt_oss"), patterns={1: GROUPS}),
+}
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """Return what loads a model in float64, which experts have in one implementation only."""
+    experts = {"experts_implementation": "eager"} if model.config.model_type == "gpt_oss" else {}
+    return {"dtype": torch.float64, **experts}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_is_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    model, ids = KINDS[kind](), prompts(2, 30)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    with by_the_oracle(), torch.no_grad():
+        check_half_the_digits(model(ids, use_cache=False).logits, expected)
+    model.save_pretrained(tmp_path)
+    for load_it in LOADERS.values():
+        found = load_it(tmp_path, **_options(model))
+        patterns = [[patterns_of(each.config, i) for i in range(3)] for each in (model, found)]
+        assert patterns[0] == patterns[1]
+        with torch.no_grad():
+            check_half_the_digits(found(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # Of peft.
+@pytest.mark.parametrize("kind", ["heads", "learnt sink logits"])
+def test_an_adapter_of_every_setting_is_saved_and_merged(kind: str, tmp_path: Path) -> None:
+    base, ids = KINDS[kind](), prompts(1, 30)
+    base.save_pretrained(tmp_path / "base")
+    low_rank = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tuned: Any = get_peft_model(base, low_rank).double().eval()
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        tuned.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(
+            load(tmp_path / "base", **_options(base)), tmp_path / "adapter"
+        )
+        check_half_the_digits(again.double().eval()(input_ids=ids).logits, expected)
+        tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = load(tmp_path / "merged", **_options(base))
+        check_half_the_digits(merged(ids).logits, expected)
+        cached = merged(ids, past_key_values=FixedCache(merged.config)).logits
+        check_half_the_digits(cached, expected)

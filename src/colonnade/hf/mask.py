@@ -242,7 +242,9 @@ def read_mask_function(
             is_causal = True
         else:
             return False, None
-    return is_causal and len(windows) <= 1, windows[0] if windows else None
+    if not is_causal or len(windows) > 1:
+        return False, None
+    return True, windows[0] if windows else None
 
 
 def _require_known(
@@ -256,8 +258,8 @@ def _require_known(
     """Ask a mask function what it is where a compiler cannot look into a closure.
 
     A run begins where a token does not see the one before it. A token must see the first one of its
-    run, or of its window, and neither the one before its window nor the one after itself: else the
-    mask is of a kind that we do not know.
+    run, or of its window, and neither the one before its window, nor the one after itself, nor the
+    first one of all from another run: else the mask is of a kind that we do not know.
     """
     if mask_function is causal_mask_function:
         return
@@ -276,6 +278,7 @@ def _require_known(
     first = last_true(begins).clamp(min=0)
     after = (position + 1).clamp(max=length - 1)
     known = ~(sees(after) & (after > position))
+    known = known & ~(sees(torch.zeros_like(position)) & (first > 0))
     if window is None:
         known = known & sees(first)
     else:

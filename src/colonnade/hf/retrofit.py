@@ -36,7 +36,8 @@ def retrofit(
     """Give layers of a loaded causal model the pattern S_i = A1_i ∪ A2_i; see `FixedPattern`.
 
     This works for transformers models that attend through the attention interface, such as Llama,
-    Qwen, Mistral, GPT-2 and GPT-NeoX; of a vision-language model the text decoder alone changes.
+    Qwen, Mistral, Gemma 3, gpt-oss, GPT-2 and GPT-NeoX; of a vision-language model the text decoder
+    alone changes.
     The settings and the name of the attention are written into `model.config` and saved with it, so
     after `import colonnade.hf` whatever loads the checkpoint gives fixed attention.
     `set_attn_implementation` changes the model in memory alone, not what is saved of it. For the
