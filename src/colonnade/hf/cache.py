@@ -71,8 +71,8 @@ class FixedCache(Cache):
 
     With l = stride and c = summary a layer keeps, after n positions, n // l · c + n mod l entries
     for each key head (see `colonnade.KVCache`), and the result is that of a full cache. Layers
-    whose pattern is full or strided keep everything. Each row of a left-padded batch keeps what it
-    would keep alone.
+    whose pattern is full or strided keep everything, and those with a window keep it. Each row of
+    a left-padded batch keeps what it would keep alone.
 
     Args:
         config: Configuration of the model, which names the pattern of each layer.
@@ -84,8 +84,7 @@ class FixedCache(Cache):
 
     Raises:
         TypeError: `max_seq_len` is no int, or `static` no bool.
-        ValueError: The configuration has no `colonnade_stride` and `colonnade_summary`, or `static`
-            comes without `max_seq_len`.
+        ValueError: The configuration lacks our settings, or `static` comes without `max_seq_len`.
     """
 
     layers: list[FixedLayer]  # type: ignore[assignment]  # Of the kinds that transformers names.

@@ -162,13 +162,13 @@ def write_patterns(
     Args:
         config: The configuration.
         patterns: One pattern for each layer, or a tuple of them for its head groups.
-        usual: The pattern whose settings are those of all layers; the most frequent one if None,
-            of those that all heads of a layer share.
+        usual: The pattern whose settings are those of all layers. If no layer has it, that is the
+            most frequent one, of those that all heads of a layer share.
 
     Raises:
         ValueError: The settings cannot express a pattern.
     """
-    if usual is None:
+    if usual is None or usual not in patterns:
         plain = [each for each in patterns if not isinstance(each, tuple)]
         usual = Counter(plain or patterns).most_common(1)[0][0]
     of_layers = [as_settings(each) for each in patterns]
