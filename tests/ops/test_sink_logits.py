@@ -100,6 +100,7 @@ def test_the_formula_takes_what_a_cache_returns() -> None:
         torch.testing.assert_close(torch.cat(parts, 2), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("logits", "error", "message"),
     [
