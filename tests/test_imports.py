@@ -58,6 +58,7 @@ MAY_IMPORT = BESIDE | {
     part: {below for below, level in LEVELS.items() if level < LEVELS[part] or below == part}
     for part in LEVELS
 }
+MAY_IMPORT["hf"] |= {"cost", "plot"}
 MAY_IMPORT["cli"] |= set(BESIDE)
 OF_HF = {"transformers", "tokenizers", "accelerate", "safetensors"}
 """Packages of the extras, which no file below hf may need."""

@@ -1,10 +1,11 @@
-"""Draw a pattern as characters or as an image, and a training run as a loss curve.
+"""Draw a pattern as characters or as an image, a training run as a loss curve, and shares.
 
 The images need matplotlib, which the extra "plot" installs; the picture in characters does not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,6 +112,63 @@ def draw_loss(
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def draw_shares(
+    shares: Sequence[Sequence[float] | None],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    marked: Sequence[Sequence[int]],
+    label: str,
+    title: str,
+    path: Path,
+) -> None:
+    """Write a heat map of shares on a logarithmic scale that begins with 0.1 % or less.
+
+    The colors, those of "cividis", are told apart by everybody, and in gray.
+
+    Args:
+        shares: The share in each column of each row, at least 0; None: nothing was measured.
+        rows: Names of the rows, from the top.
+        columns: Names of the columns.
+        marked: The columns of each row that get a frame.
+        label: What the shares are of.
+        title: What stands above the map.
+        path: The file; its ending chooses the format, such as .png or .svg.
+
+    Raises:
+        ValueError: matplotlib does not know the file's ending.
+        OSError: The file cannot be written.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import PercentFormatter
+
+    least = 1e-3
+    figure = Figure(
+        figsize=(2.2 + 0.5 * len(columns), 2.2 + 0.22 * len(rows)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    axes.set_facecolor("#e4e4e1")
+    shades = [
+        [math.nan] * len(columns) if r is None else [max(x, least) for x in r] for r in shares
+    ]
+    most = max((x for r in shades for x in r if x > least), default=1.0)
+    image = axes.imshow(
+        shades, cmap="cividis_r", norm=LogNorm(least, most), aspect="auto", interpolation="nearest"
+    )
+    for row, chosen in enumerate(marked):
+        for column in chosen:
+            at = (column - 0.43, row - 0.43)
+            axes.add_patch(Rectangle(at, 0.86, 0.86, fill=False, edgecolor=HIGHLIGHT, linewidth=2))
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8 if len(rows) <= 40 else 5)
+    axes.set(ylabel="layer")
+    axes.set_title(title, fontsize=9)
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=1))
+    bar.set_label(label)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

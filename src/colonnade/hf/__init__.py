@@ -19,13 +19,18 @@ from colonnade.hf.checkpoint import keep_attention, load
 from colonnade.hf.compiling import compile_config
 from colonnade.hf.configuration import SparseTransformerConfig
 from colonnade.hf.mask import mask_function
+from colonnade.hf.measure import MEASURING, measuring_attention, measuring_mask
 from colonnade.hf.model import SparseTransformerForCausalLM, SparseTransformerModel
 from colonnade.hf.retrofit import retrofit
 from colonnade.hf.settings import NAME
+from colonnade.hf.suggest import suggest
+from colonnade.hf.suggestion import Suggestion
 from colonnade.hf.tokenizer import byte_tokenizer
 
 AttentionInterface.register(NAME, attention_function)
 AttentionMaskInterface.register(NAME, mask_function)
+AttentionInterface.register(MEASURING, measuring_attention)
+AttentionMaskInterface.register(MEASURING, measuring_mask)
 keep_attention()
 AutoConfig.register("sparse_transformer", SparseTransformerConfig, exist_ok=True)
 AutoModel.register(SparseTransformerConfig, SparseTransformerModel, exist_ok=True)
@@ -36,8 +41,10 @@ __all__ = [
     "SparseTransformerConfig",
     "SparseTransformerForCausalLM",
     "SparseTransformerModel",
+    "Suggestion",
     "byte_tokenizer",
     "compile_config",
     "load",
     "retrofit",
+    "suggest",
 ]
