@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class _Keys(NamedTuple):
     sinks: Tensor
 
 
+@runtime_checkable
 class _Region(Protocol):
     """Some of the keys that queries read, as one dense product."""
 
