@@ -122,7 +122,7 @@ _ONE_AT_A_TIME = threading.Lock()
 def measure(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
-    samples: Iterable[Int[Tensor, "batch length"]],
+    samples: Iterable[Int[Tensor, "_ _"]],
     candidates: Sequence[Pattern],
 ) -> dict[int, LayerSums]:
     """Run a dense model over samples, and return what each layer that attends would do otherwise.

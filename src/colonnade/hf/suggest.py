@@ -24,7 +24,7 @@ Counts: TypeAlias = int | Sequence[int]
 
 def suggest(
     model: PreTrainedModel,
-    tokens: Int[Tensor, "batch length"] | Iterable[Int[Tensor, "batch length"]],
+    tokens: Int[Tensor, "batch length"] | Iterable[Int[Tensor, "_ _"]],
     stride: Counts = 128,
     summary: Counts = (8, 16, 32),
     sinks: Counts = (0, 1, 4),
@@ -169,7 +169,7 @@ def _samples(
     config: PreTrainedConfig,
     tokens: Tensor | Iterable[Tensor],
     least: int,
-) -> list[Int[Tensor, "batch length"]]:
+) -> list[Int[Tensor, "_ _"]]:
     """Return the samples, checked and on the model's device."""
     samples = [tokens] if isinstance(tokens, Tensor) else list(tokens)
     if not samples:
