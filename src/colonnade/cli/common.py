@@ -16,7 +16,8 @@ except ImportError:
     sys.exit(2)
 
 app = typer.Typer(
-    help="Fixed factorized attention (Child et al. 2019): train, evaluate, sample, show, measure.",
+    help="Fixed factorized attention (Child et al. 2019): train, evaluate, sample, retrofit, show, "
+    "measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +28,7 @@ EXTRAS = {
     "tokenizers": "train",
     "safetensors": "train",
     "numpy": "train",
+    "peft": "tune",
     "matplotlib": "plot",
 }
 MISTAKE = 2
@@ -65,6 +67,25 @@ def one_line_for_mistakes() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}.")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter comes from the command line, and not from its default."""
+    # Every parameter of a running command has a source, whatever its type says.
+    return context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+
+
+def refuse_other_options(context: typer.Context, *allowed: str) -> None:
+    """Refuse parameters besides those that --resume goes with, for all others are the run's."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in allowed and is_given(context, parameter.name or "")
+    ]
+    if given:
+        raise ValueError(
+            f"--resume continues with the settings of the run; leave out {', '.join(given)}."
+        )
 
 
 def table_of(name: str, *of_numbers: str) -> Table:

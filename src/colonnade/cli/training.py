@@ -11,7 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from colonnade.cli.common import AsJson, RunFolder, app, one_line_for_mistakes
+from colonnade.cli.common import (
+    AsJson,
+    RunFolder,
+    app,
+    is_given,
+    one_line_for_mistakes,
+    refuse_other_options,
+)
 from colonnade.info import good_at_bf16, has_compiler
 from colonnade.pattern import check_count
 from colonnade.plot import draw_loss
@@ -147,11 +154,12 @@ def train(
 
         from colonnade.hf import SparseTransformerConfig
         from colonnade.train import folder, run, settings
+        from colonnade.train.steps import check_alone
 
         logging.disable_progress_bar()  # That of writing files; the run has a bar of its own.
-        run.check_alone()
+        check_alone()
         if resume:
-            _refuse_other_options(context)
+            refuse_other_options(context, "out", "resume")
             settings.RunSettings.load(out).corpus()
             folder.last_checkpoint(out)
         else:
@@ -166,7 +174,7 @@ def train(
                 ),
             )
             run.check(*new)
-            if compile and _is_given(context, "compile") and (why := run.reason_not_compiled()):
+            if compile and is_given(context, "compile") and (why := run.reason_not_compiled()):
                 raise ValueError(f"--compile does not work here: {why}. Use --no-compile.")
             folder.prepare_folder(out, overwrite)
     trainer = run.resume(out, typer.echo) if resume else run.start(*new, out, typer.echo)
@@ -183,25 +191,6 @@ def train(
 def _given(context: typer.Context, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the named parameters that have a value; the others keep the preset's."""
     return {name: context.params[name] for name in names if context.params[name] is not None}
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether a parameter comes from the command line, and not from its default."""
-    # Every parameter of a running command has a source, whatever its type says.
-    return context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
-
-
-def _refuse_other_options(context: typer.Context) -> None:
-    """Refuse options besides --resume, which takes every setting from the run."""
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name not in ("out", "resume") and _is_given(context, parameter.name or "")
-    ]
-    if given:
-        raise ValueError(
-            f"--resume continues with the settings of the run; leave out {', '.join(given)}."
-        )
 
 
 @app.command()

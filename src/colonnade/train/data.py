@@ -8,6 +8,7 @@ from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +27,33 @@ IGNORED_LABEL = -100
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """Documents that lie end to end, as bytes or as tokens, and are read by their places.
+
+    Attributes:
+        name: What it is called in messages.
+        unit: What it consists of, in messages: "bytes" or "tokens".
+    """
+
+    name: str
+    unit: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        """Read the entries begin … end - 1."""
+        ...
+
+    def split(self, name: str) -> tuple[int, int]:
+        """Return the first entry of a split, and the entry after its last."""
+        ...
+
+    def documents(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Return the documents as (first entry, entry after the last), cut to begin … end - 1."""
+        ...
+
+
 class Corpus:
     """Files laid end to end and read as bytes; a file is mapped into memory when it is read.
 
@@ -37,6 +65,8 @@ class Corpus:
         ValueError: The files do not hold a single byte.
         OSError: A file cannot be read.
     """
+
+    unit = "bytes"
 
     def __init__(self, files: list[Path], name: str) -> None:
         self.name = name
@@ -71,9 +101,7 @@ class Corpus:
 
     def documents(self, begin: int, end: int) -> list[tuple[int, int]]:
         """Return the files as (first byte, byte after the last), cut to begin … end - 1."""
-        begins = [0, *self._ends[:-1]]
-        cut = ((max(b, begin), min(e, end)) for b, e in zip(begins, self._ends, strict=True))
-        return [(b, e) for b, e in cut if b < e]
+        return cut_documents(self._ends, begin, end)
 
     def _read_file(self, index: int, begin: int, end: int) -> Bytes:
         """Read what one file holds of bytes begin … end - 1 of the corpus."""
@@ -85,23 +113,38 @@ class Corpus:
         return self._map(file)[max(begin - before, 0) : min(end - before, size)]
 
 
+def cut_documents(ends: list[int], begin: int, end: int) -> list[tuple[int, int]]:
+    """Return the documents that end at `ends`, one after the other, cut to begin … end - 1."""
+    begins = [0, *ends[:-1]]
+    cut = ((max(b, begin), min(e, end)) for b, e in zip(begins, ends, strict=True))
+    return [(b, e) for b, e in cut if b < e]
+
+
 def open_corpus(path: Path) -> Corpus:
     """Open a file, or all files below a folder in the order of their paths.
-
-    Hidden files and folders (a dot in front) are left out, and links to folders are not followed.
 
     Raises:
         ValueError: The path does not exist, holds no byte, or is neither a file nor a folder.
     """
+    return Corpus(files_of(path), str(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return a file, or all files below a folder in the order of their paths.
+
+    Hidden files and folders (a dot in front) are left out, and links to folders are not followed.
+
+    Raises:
+        ValueError: The path does not exist, or is neither a file nor a folder.
+    """
     if path.is_file():
-        return Corpus([path], str(path))
+        return [path]
     if path.is_dir():
-        files = [
+        return [
             file
             for file in _files_below(path)
             if not any(name.startswith(".") for name in file.relative_to(path).parts)
         ]
-        return Corpus(files, str(path))
     problem = "is neither" if path.exists() else "does not exist"
     raise ValueError(f"data must be a file or a folder; {path} {problem}.")
 
@@ -128,7 +171,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """`num_windows` windows of `context` bytes at random places of a split.
+    """`num_windows` windows of `context` entries at random places of a split.
 
     Window i depends on the seed and i alone, so a resumed run sees what the unbroken run would.
 
@@ -137,14 +180,15 @@ class Windows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, corpus: Corpus, split: str, context: int, num_windows: int, seed: int
+        self, corpus: Readable, split: str, context: int, num_windows: int, seed: int
     ) -> None:
         self.corpus = corpus
         self.begin, self.end = corpus.split(split)
         if self.end - self.begin < context:
             raise ValueError(
-                f"the {split} split must hold at least one context of {context} bytes, "
-                f"got {self.end - self.begin} bytes of {corpus.name} ({len(corpus)} bytes)."
+                f"the {split} split must hold at least one context of {context} {corpus.unit}, got "
+                f"{self.end - self.begin} {corpus.unit} of {corpus.name} ({len(corpus)} "
+                f"{corpus.unit})."
             )
         self.context = context
         self.num_windows = num_windows
@@ -154,7 +198,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return self.num_windows
 
     def draw(self, index: int) -> int:
-        """Draw the first byte of window `index`."""
+        """Draw the first entry of window `index`."""
         generator = np.random.default_rng((self.seed, index))
         return int(generator.integers(self.begin, self.end - self.context, endpoint=True))
 
@@ -165,26 +209,26 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class PackedWindows(Dataset[dict[str, Tensor]]):
-    """`num_windows` windows of `context` bytes, in which each file is a document.
+    """`num_windows` windows of `context` entries, in which each file is a document.
 
     The files of a split are laid end to end in an order that depends on the seed, and windows are
-    cut at random places, so every byte is equally likely. Positions restart at each document (and
-    at the front of the window, which may cut one). The first byte of a document is no label, since
-    it should not be predicted from the last byte of another. Nothing is padded.
+    cut at random places, so every entry is equally likely. Positions restart at each document (and
+    at the front of the window, which may cut one). The first entry of a document is no label, since
+    it should not be predicted from the last entry of another. Nothing is padded.
 
     Raises:
         ValueError: The split is shorter than one window.
     """
 
     def __init__(
-        self, corpus: Corpus, split: str, context: int, num_windows: int, seed: int
+        self, corpus: Readable, split: str, context: int, num_windows: int, seed: int
     ) -> None:
         self._windows = Windows(corpus, split, context, num_windows, seed)
         begins, ends = (
             np.random.default_rng(seed).permutation(corpus.documents(*corpus.split(split))).T
         )
         self._ends = (ends - begins).cumsum()
-        # Of each document the first byte and the end in the stream, and from there to the corpus.
+        # Of each document the first entry and the end in the stream, and from there to the corpus.
         self._stream = np.stack([self._ends - (ends - begins), self._ends, ends - self._ends], 1)
 
     def __len__(self) -> int:

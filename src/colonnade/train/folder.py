@@ -48,17 +48,23 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         ValueError: There is none.
     """
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"{folder} holds no checkpoint to resume from: the run ended before its first. "
+            "Start it again with --overwrite."
+        )
+    return checkpoint
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the last checkpoint of a folder that was written completely; None: there is none."""
     complete = [
         path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rpartition("-")[2].isdecimal() and _is_complete(path)
     ]
-    if not complete:
-        raise ValueError(
-            f"{folder} holds no checkpoint to resume from: the run ended before its first. "
-            "Start it again with --overwrite."
-        )
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM, byte_tokenizer
@@ -21,6 +20,7 @@ from colonnade.train.data import Corpus, PackedWindows, Windows
 from colonnade.train.folder import last_checkpoint
 from colonnade.train.optimizer import make_optimizer
 from colonnade.train.settings import RunSettings
+from colonnade.train.steps import UNSEEN, recompute_layers, seconds_per_step
 
 WARM_UP_STEPS, TIMED_STEPS = 5, 20
 """Steps of a run of minutes that are run before it, timed and thrown away."""
@@ -40,19 +40,6 @@ class BitsTrainer(Trainer):
         """Return (steps, training loss in bits per byte) as logged."""
         logged = [entry for entry in self.state.log_history if "loss" in entry]
         return [int(e["step"]) for e in logged], [e["bits_per_byte"] for e in logged]
-
-
-def check_alone() -> None:
-    """Refuse to be one of several processes, which would each train and write the same folder.
-
-    Raises:
-        ValueError: WORLD_SIZE, which torchrun sets, is above 1.
-    """
-    if (world := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
-        raise ValueError(
-            f"a run trains in one process, got WORLD_SIZE={world}. Start it without torchrun, or "
-            "with --nproc-per-node 1."
-        )
 
 
 def check(config: SparseTransformerConfig, settings: RunSettings) -> None:
@@ -153,10 +140,8 @@ def _model(config: SparseTransformerConfig, settings: RunSettings) -> SparseTran
     """Draw the weights; recompute and compile block by block: one graph serves all layers."""
     set_seed(settings.seed)
     model = SparseTransformerForCausalLM(config)
-    if settings.recompute and hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    elif settings.recompute:
-        model.gradient_checkpointing_enable()  # Its name in earlier releases of transformers.
+    if settings.recompute:
+        recompute_layers(model)
     if settings.compile:
         for layer in model.model.layers:
             layer.block.compile()
@@ -168,23 +153,18 @@ def _seconds_per_step(
 ) -> float:
     """Time steps of this very run, after compiling and warm-up; then restore weights and seed."""
     initial = {name: weight.clone() for name, weight in model.state_dict().items()}
-    clock = _StepClock()
     trainer = _make_trainer(
         model,
         corpus,
         replace(settings, steps=WARM_UP_STEPS + TIMED_STEPS),
         folder,
-        callbacks=[clock],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
+        **UNSEEN,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    seconds = seconds_per_step(trainer, WARM_UP_STEPS)
     model.load_state_dict(initial)
     model.zero_grad()
     set_seed(settings.seed)
-    return (clock.ends[-1] - clock.ends[WARM_UP_STEPS - 1]) / TIMED_STEPS
+    return seconds
 
 
 class _SettingsSaver(TrainerCallback):
@@ -203,18 +183,6 @@ class _SettingsSaver(TrainerCallback):
         if state.global_step == 1:
             self.config.save_pretrained(self.folder)
             self.settings.save(self.folder)
-
-
-class _StepClock(TrainerCallback):
-    """Records when each step ends, in seconds."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.ends.append(time.monotonic())
 
 
 def _finish(

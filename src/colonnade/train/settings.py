@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from colonnade.train.data import Corpus, PackedWindows, Windows, open_corpus, standard_library
 
 SETTINGS_FILE = "run.json"
 VALIDATION_WINDOWS = 32
+
+Settings = TypeVar("Settings")
 
 RECIPES: dict[str, dict[str, Any]] = {
     # What the paper and its code state: the rate for CIFAR-10 only, the batch size not at all.
@@ -24,6 +26,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """Settings of a run that go with a preset of the model."""
+
+
+def read_settings(kind: type[Settings], file: Path) -> Settings:
+    """Read the settings that a run was started with.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged.
+    """
+    try:
+        return kind(**json.loads(file.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{file.parent} holds no run: there is no {file.name} in it.") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+
+
+def write_settings(settings: Any, file: Path) -> None:
+    """Write settings, which are a dataclass, whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    temporary.replace(file)
 
 
 @dataclass(frozen=True)
@@ -82,18 +105,11 @@ class RunSettings:
         Raises:
             ValueError: The folder holds no run, or its settings are damaged.
         """
-        try:
-            return cls(**json.loads((folder / SETTINGS_FILE).read_text()))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} holds no run: there is no {SETTINGS_FILE} in it.") from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{folder / SETTINGS_FILE} is damaged: {error}.") from error
+        return read_settings(cls, folder / SETTINGS_FILE)
 
     def save(self, folder: Path) -> None:
         """Write the settings, whole or not at all."""
-        temporary = folder / f".{SETTINGS_FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        temporary.replace(folder / SETTINGS_FILE)
+        write_settings(self, folder / SETTINGS_FILE)
 
     def corpus(self) -> Corpus:
         """Open the data of the run.

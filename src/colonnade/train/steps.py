@@ -1,0 +1,56 @@
+"""What runs of all kinds need of the Trainer: one process, recomputation, the time of a step."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+UNSEEN: dict[str, Any] = {"logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
+"""Arguments of a Trainer whose steps are timed and thrown away."""
+
+
+def check_alone() -> None:
+    """Refuse to be one of several processes, which would each train and write the same folder.
+
+    Raises:
+        ValueError: WORLD_SIZE, which torchrun sets, is above 1.
+    """
+    if (world := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        raise ValueError(
+            f"a run trains in one process, got WORLD_SIZE={world}. Start it without torchrun, or "
+            "with --nproc-per-node 1."
+        )
+
+
+def recompute_layers(model: Any) -> None:
+    """Have a transformers model recompute each layer in the backward pass, to save memory."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()  # Its name in earlier releases of transformers.
+
+
+def seconds_per_step(trainer: Trainer, warm_up_steps: int) -> float:
+    """Run a trainer to its end, and return the mean time of a step after the first ones."""
+    clock = _StepClock()
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    timed = len(clock.ends) - warm_up_steps
+    return (clock.ends[-1] - clock.ends[warm_up_steps - 1]) / timed
+
+
+class _StepClock(TrainerCallback):
+    """Records when each step ends, in seconds."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.ends.append(time.monotonic())
