@@ -60,6 +60,7 @@ MAY_IMPORT = BESIDE | {
 }
 MAY_IMPORT["hf"] |= {"cost", "plot"}
 MAY_IMPORT["cli"] |= set(BESIDE)
+MAY_IMPORT["train"] |= {"cost"}
 OF_HF = {"transformers", "tokenizers", "accelerate", "safetensors"}
 """Packages of the extras, which no file below hf may need."""
 
