@@ -353,8 +353,10 @@ def _bad(r: random.Random, family: str, layout: str) -> Draw:
         ways += ["transposed"] if mask.shape[0] != mask.shape[1] else []
     if positions is not None:
         ways += ["shorter positions"]
-        # Two tokens of equal positions and no others are two documents.
-        ways += ["twice"] if ((draw.number[:, here] >= 0).sum(1) > 2).any() else []
+        # Two tokens of equal positions and no others are two documents, and one is a jump forward.
+        numbers = draw.number[:, here]
+        ends_alike = (numbers[:, -2:] >= 0).all() and bool((numbers[:, -2:].diff() == 0).all())
+        ways += ["twice"] if ends_alike and ((numbers >= 0).sum(1) > 2).all() else []
         if len(draw.number.unique()) > len(draw.number) + 1:  # Documents, rows and padding.
             ways += ["contradicted"]
     draw.way = r.choice(ways)
