@@ -246,7 +246,7 @@ def _gather(pattern: FixedPattern, blocks: _Blocks, columns: Sequence[range]) ->
     return torch.minimum(blocks.begin(pattern.stride)[of_block] + column, ends - 1)
 
 
-def _one_by_one(table: Table, sinks: Tensor) -> Table:
+def _one_by_one(table: Tensor, sinks: Tensor) -> Tensor:
     """Give each of the first `sinks` queries of a block, which are sinks, a row of the table.
 
     Query r of these reads r + 1 slots, the sinks up to itself, and no own key.
