@@ -80,10 +80,11 @@ def test_left_padded_rows_and_a_conversation(name: str, way: str) -> None:
 
 
 QUICK = ("merged", "llama")
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MODELS]
+    "name", [pytest.param(n, marks=() if n == "llama" else slow) for n in MODELS]
 )
 def test_generate_compiles_its_steps(name: str) -> None:
     """In one graph without a break, for all tokens, batches with padding and calls."""
@@ -119,8 +120,15 @@ def test_the_whole_compiler(name: str, dtype: torch.dtype, way: str) -> None:
         assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", QUICK)
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        ("merged", False),
+        ("llama", True),
+        pytest.param("merged", True, marks=slow),
+        pytest.param("llama", False, marks=slow),
+    ],
+)
 def test_a_compiled_forward_in_a_loop(name: str, padded: bool) -> None:
     """With the mask of all positions, which grows, or without one; and it checks that mask."""
     model = _uniform(name)
@@ -151,6 +159,7 @@ def test_a_compiled_forward_in_a_loop(name: str, padded: bool) -> None:
                 step(token, **given)
 
 
+@slow
 def test_a_forward_that_was_replaced() -> None:
     """As transformers' documents do it; the prompt breaks the graph."""
     model = _model("llama")
