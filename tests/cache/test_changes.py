@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from colonnade import FixedPattern, FullPattern, KVCache, StridedPattern
+from colonnade import FixedPattern, FullPattern, KVCache, LocalPattern, StridedPattern
 from colonnade.ops.heads import Patterns
 from tests.cache.common import (
     MERGED,
@@ -23,6 +23,27 @@ from tests.cache.common import (
     span,
     whole,
 )
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("window", "sinks"), [(2, 10), (2, 4), (3, 1)])
+def test_a_window_goes_back_to_its_sinks(window: int, sinks: int, static: bool) -> None:
+    """Where nothing is gone yet, to any length; then to one at which the sinks are everything."""
+    pattern = LocalPattern(window, sinks=sinks)
+    tensors, longest = draw(12), 9
+    for length in range(1, longest + 1):
+        for shorter in range(length if length <= window + sinks else min(sinks, length) + 1):
+            cache = KVCache(pattern, 12, static=static)
+            decode(cache, span(tensors, 0, length), [1] * length)
+            cache.evict()
+            cache.crop(shorter)
+            found = decode(cache, span(tensors, shorter), [1, 1, 10 - shorter])
+            check_equal(found, whole(pattern, tensors, first=shorter))
+    cache = KVCache(pattern)
+    decode(cache, tensors, [12])
+    if sinks < 9:
+        with pytest.raises(ValueError, match=r"at least 11, or 0, or at most sinks"):
+            cache.crop(sinks + 1)
 
 
 def _cropped(cache: KVCache, seq_len: int) -> int:

@@ -13,7 +13,7 @@ import colonnade as col
 from colonnade.hf import load, retrofit
 from colonnade.hf.settings import patterns_of, write_patterns
 from colonnade.ops.heads import Patterns
-from tests.hf.models import dense_model, small_config
+from tests.hf.models import dense_model, prompts, small_config
 
 pytestmark = pytest.mark.plain
 
@@ -191,3 +191,12 @@ def test_what_cannot_be_asked_for_is_refused(
     with pytest.raises(error, match=message):
         retrofit(model, **arguments)
     assert not any(name.startswith("colonnade_") for name in vars(model.config))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_more_groups_than_key_heads_are_refused_where_they_attend(use_cache: bool) -> None:
+    """They can be written into a configuration by hand."""
+    model = retrofit(dense_model("llama"), 8, 2)
+    model.config.colonnade_heads = [{"pattern": "full"}] * 3
+    with pytest.raises(ValueError, match=r"len\(pattern\)=3 and num_kv_heads=2"):
+        model(prompts(1, 20), use_cache=use_cache)

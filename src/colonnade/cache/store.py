@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colonnade.backends.tracing.device import on_device
 from colonnade.ops.heads import HeadGroup
-from colonnade.pattern import FixedPattern, Pattern
+from colonnade.pattern import FixedPattern, LocalPattern, Pattern
 from colonnade.plan.kept import (
     Lengths,
     RowGroup,
@@ -19,6 +19,7 @@ from colonnade.plan.kept import (
     begin_of_shorter,
     evicted,
     grouped,
+    holds_all,
     kept_begin,
     new_slots,
     next_step,
@@ -251,8 +252,11 @@ def shorter_rows(
     for row, wanted in zip(rows, seq_lens, strict=True):
         seq_len = min(wanted, row.seq_len)
         begin = begin_of_shorter(pattern, row, seq_len)
-        if begin is None or (is_ring and row.begin > 0 and 0 < seq_len < row.seq_len):
+        is_shorter = 0 < seq_len < row.seq_len
+        if begin is None or (is_ring and is_shorter and not holds_all(pattern, row, seq_len)):
             least = f"{row.seq_len if is_ring else row.seq_len - 1}, or 0"
+            if isinstance(pattern, LocalPattern) and pattern.sinks > 0:
+                least = f"{least}, or at most sinks"
             if isinstance(pattern, FixedPattern):
                 least = f"{row.begin}, or a multiple of stride"
             raise ValueError(

@@ -24,6 +24,7 @@ from colonnade.ops.heads import (
     HeadOptions,
     Patterns,
     attention_in_groups,
+    check_patterns,
     depends_on_head,
     in_head_groups,
 )
@@ -89,6 +90,7 @@ def attention_function(
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     config = of_layer(module.config, layer_idx)  # type: ignore[arg-type]
     patterns = patterns_of(config, layer_idx)
+    check_patterns(patterns, key.shape[1])
     _check_window(config, layer_idx, patterns, attention_mask.window, sliding_window)
     _check_heads(config, query.shape[1], patterns)
     options = _Options(scaling, as_dropout(dropout), s_aux)

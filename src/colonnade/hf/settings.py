@@ -146,7 +146,7 @@ def _read(settings: Mapping[str, Any], owner: str) -> Pattern:
     if kind == "strided" and sinks != 0:
         raise ValueError(
             f"sinks must be 0 for pattern='strided', which has none, got sinks={sinks}. Use "
-            "pattern='fixed' or pattern='local'."
+            f"pattern='fixed' or pattern='local', or set {_PREFIX}sinks=0 for this layer."
         )
     return StridedPattern(values["stride"]) if kind == "strided" else FullPattern()
 

@@ -185,15 +185,20 @@ def tail_room(pattern: Pattern) -> int | None:
 def begin_of_shorter(pattern: Pattern, row: Lengths, seq_len: int) -> int | None:
     """Return where the tail of a cropped batch row begins; None: entries that it reads are gone."""
     shorter = kept_begin(pattern, seq_len)
-    if seq_len == 0:
-        return 0
+    if seq_len == 0 or holds_all(pattern, row, seq_len):
+        return min(row.begin, shorter)
     if isinstance(pattern, FixedPattern):
-        every_column = num_slots(pattern, row.begin) == row.begin
-        if seq_len >= row.begin or shorter == seq_len or every_column:
+        if seq_len >= row.begin or shorter == seq_len:
             return min(row.begin, shorter)
-    elif row.begin == 0 or seq_len == row.seq_len or kept_begin(pattern, seq_len + 1) >= row.begin:
+    elif seq_len == row.seq_len or kept_begin(pattern, seq_len + 1) >= row.begin:
         return row.begin
     return None
+
+
+def holds_all(pattern: Pattern, row: Lengths, seq_len: int) -> bool:
+    """Whether of the first `seq_len` positions none is gone: all are slots, or of the tail."""
+    slots = num_slots(pattern, row.begin)
+    return slots == row.begin or (isinstance(pattern, LocalPattern) and seq_len <= slots)
 
 
 def new_slots(pattern: Pattern, begin: int, end: int, num_kv_heads: int) -> Gather:
