@@ -133,7 +133,7 @@ def test_a_folder_of_files_trains_packed(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "choice",
     [
-        ["--scheme", "multihead"],
+        ["--sinks", "2", "--scheme", "multihead"],
         ["--pattern", "strided", "--scheme", "interleaved"],
         ["--pattern", "local", "--pack"],
         ["--pattern", "full"],
@@ -148,6 +148,7 @@ def test_any_pattern_and_scheme_trains_evaluates_and_samples(
     config = json.loads((out / "config.json").read_text())
     assert config["pattern"] == (choice[1] if choice[0] == "--pattern" else "fixed")
     assert config["scheme"] == (choice[-1] if "--scheme" in choice else "merged")
+    assert config["sinks"] == (2 if "--sinks" in choice else 0)
     assert RunSettings.load(out).pack == ("--pack" in choice)
     got = json.loads(succeed("eval", out, "--json", "--max-bytes", 300).stdout)
     assert got["bytes"] == 300

@@ -31,6 +31,7 @@ OF_THE_MODEL = (
     "stride",
     "summary",
     "subblocks",
+    "sinks",
     "pattern",
     "scheme",
     "dropout",
@@ -90,6 +91,9 @@ def train(
     ] = None,
     subblocks: Annotated[
         int | None, typer.Option(help="Number of sub-blocks; heads take them in turn.")
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="Number of positions at the start that all later ones read.")
     ] = None,
     pattern: Annotated[
         str | None,
