@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -311,6 +313,10 @@ def test_it_prints_and_draws(tmp_path: Path) -> None:
     lines = str(found).splitlines()
     assert "fixed 8, 1" in lines[1]
     assert "window 20 + 1" in lines[3]
+    assert lines[5:7] == [
+        "       √change under candidate, in %",
+        "layer     1     2     3     kept  chosen",
+    ]
     assert [line for line in lines if "keeps its window of 12" in line]
     assert f"cache {found.share:.1%} of dense at 64 tokens" in lines[-1]
     assert max(map(len, lines)) <= 100
@@ -323,6 +329,54 @@ def test_it_prints_and_draws(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 5_000
     with pytest.raises(ValueError, match="not supported"):
         found.plot(tmp_path / "a.nothing")
+
+
+def test_it_prints_the_root_of_the_change_under_a_name_of_its_own() -> None:
+    found = _suggestion().choose(0.5)
+    lines = str(found).splitlines()
+    first, pattern = lines[7].split(), found.candidates[0]
+    root = math.sqrt(found.change_by(pattern, 0))
+    assert first[:2] == ["0", f"{100 * root:.1f}"]
+    options: list[Any] = [*found.candidates, FullPattern()]
+    assert first[-1] == ["1", "2", "3", "full"][options.index(found.patterns.get(0, options[-1]))]
+    mean = math.sqrt((root**2 + found.change_by(pattern, 2)) / 2)
+    assert lines[0].endswith(" √change")
+    assert lines[1].endswith(f" {mean:.1%}")
+    assert (
+        lines[-2] == "√change: the root of the mean square change of a layer's output, in % of it"
+    )
+
+
+def test_tables_of_many_candidates_and_heads_stay_narrow() -> None:
+    candidates = [LocalPattern(window) for window in range(1, 31)]
+    drawn = tuple((index / 100,) * 32 for index in range(30))
+    score = LayerScore(0, 32, 32, None, drawn, drawn)
+    found = Suggestion(tuple(candidates), (score,), 64, {0: tuple((candidates * 2)[:32])})
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 100
+    tables = [lines[i + 1].split() for i, line in enumerate(lines) if "under candidate" in line]
+    assert [number for each in tables for number in each if number.isdigit()] == [
+        str(number) for number in range(1, 31)
+    ]
+    [start] = [line.index("chosen") for line in lines if line.endswith("chosen")]
+    chosen = ", ".join(str(n) for n in (*range(1, 31), 1, 2))
+    last = max(i for i, line in enumerate(lines) if line.startswith("    0 "))
+    assert " ".join(line[start:] for line in lines[last:-3]) == chosen
+
+
+def test_every_count_may_be_of_numpy_or_pytorch() -> None:
+    model, ids = dense_model("gpt2"), prompts(1, 40)
+    plain = suggest(model, ids, 8, (1, 2), (0, 1), windows=(9, 12), seq_len=50)
+    numpy = np.int64(8), np.array([1, 2]), np.array([0, 1])
+    options: dict[str, Any] = {"windows": np.array([9, 12]), "seq_len": np.int64(50)}
+    assert suggest(model, ids, *numpy, **options) == plain
+    tensors = torch.tensor(8), torch.tensor([1, 2]), torch.tensor([0, 1])
+    options = {"windows": torch.tensor([9, 12]), "seq_len": torch.tensor(50)}
+    assert suggest(model, ids, *tensors, **options) == plain
+    nothing: list[Any] = [(), [], np.array([])]
+    none = [suggest(model, ids, 8, 2, 0, windows=windows) for windows in nothing]
+    assert none[0].candidates == (FixedPattern(8, 2),)
+    assert none[1] == none[2] == none[0]
 
 
 @pytest.mark.plain
@@ -345,7 +399,13 @@ def test_bad_input_says_what_to_do() -> None:
     refuses(ValueError, "summary=9 and stride=8", model, ids, 8, (2, 9))
     refuses(ValueError, "sinks must be at most", model, ids, 8, 6)
     refuses(ValueError, "summary must be a number or several", model, ids, 8, ())
-    refuses(TypeError, "stride must be an int", model, ids, 8.0, 2)
+    refuses(TypeError, "stride must be an int or several, got stride=8.0", model, ids, 8.0, 2)
+    refuses(TypeError, "stride must be an int or several, got stride='32'", model, ids, "32", 2)
+    refuses(TypeError, "windows must be an int or several", model, ids, 8, 2, windows=[True])
+    refuses(TypeError, "seq_len must be an int, got seq_len=True", model, ids, 8, 2, seq_len=True)
+    refuses(TypeError, "seq_len must be an int, got seq_len=50.0", model, ids, 8, 2, seq_len=50.0)
+    refuses(ValueError, "sinks must be at least 0, got sinks=-1", model, ids, 8, 2, (1, -1))
+    refuses(TypeError, r"tensor \[batch, length\] .* iterable of them, got a int", model, 5, 8, 2)
     refuses(ValueError, "seq_len must be at least 16", model, ids, 8, 2, seq_len=10)
     refuses(ValueError, r"budget must be in \(0, 1\]", model, ids, 8, 2, budget=0.0)
     refuses(TypeError, "budget must be a float", model, ids, 8, 2, budget="a third")

@@ -6,15 +6,14 @@ the model gives what it gave before.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import SupportsIndex, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from colonnade.hf.check import check_model
 from colonnade.hf.checkpoint import write_name
+from colonnade.hf.integers import as_int
 from colonnade.hf.settings import NAME, of_layer, write_patterns
 from colonnade.hf.windows import window_of
 from colonnade.ops.heads import Patterns, check_patterns
@@ -191,9 +190,7 @@ def _check_heads(config: PreTrainedConfig, patterns: Patterns, layer: int) -> No
 
 def _layer_index(layer: SupportsIndex, name: str) -> int:
     """Return an integer of Python, NumPy or PyTorch as an int; a bool is none."""
-    # NumPy 2.2, the newest on Python 3.10, takes its bool as an index, and only warns.
-    is_bool = isinstance(layer, bool) or str(getattr(layer, "dtype", "")).endswith("bool")
-    if not is_bool:
-        with suppress(TypeError):
-            return operator.index(layer)
-    raise TypeError(f"layers must be integers, got {layer!r} in {name}.")
+    index = as_int(layer)
+    if index is None:
+        raise TypeError(f"layers must be integers, got {layer!r} in {name}.")
+    return index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int
@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from colonnade.cost import num_kept
 from colonnade.hf.check import check_model
+from colonnade.hf.integers import Counts, as_int, as_ints, items
 from colonnade.hf.measure import measure
 from colonnade.hf.settings import has_settings
 from colonnade.hf.suggestion import LayerScore, Suggestion, check_budget
 from colonnade.pattern import FixedPattern, LocalPattern, check_count
 
-Counts: TypeAlias = int | Sequence[int]
-"""A number, or several to try."""
+_TOKENS = "tokens must be a tensor [batch, length] of int64 or int32, or an iterable of them"
 
 
 def suggest(
@@ -32,7 +32,7 @@ def suggest(
     *,
     budget: float | None = None,
     per_head: bool = False,
-    seq_len: int | None = None,
+    seq_len: SupportsIndex | None = None,
 ) -> Suggestion:
     """Measure what each layer would keep and change under other patterns, and choose among them.
 
@@ -49,11 +49,12 @@ def suggest(
 
         change = mean over i of |y_i(S) - y_i(full)|² / |y_i(full)|²,
 
-    which the choice makes as small as the budget allows, summed over layers. Both means are over
-    batch rows and over the second half of each sample, i = n // 2 … n - 1, because the first rows
-    read everything under every candidate. Key head h serves the query heads h · g … (h + 1) · g -
-    1, g = heads / kv_heads. Its `kept` is their mean, and its part in `change` is the part that it
-    has in the squared change of the attention's output.
+    which the choice makes as small as the budget allows, summed over layers. Tables and pictures
+    show its root, √change, in %. Both means are over batch rows and over the second half of each
+    sample, i = n // 2 … n - 1, because the first rows read everything under every candidate. Key
+    head h serves the query heads h · g … (h + 1) · g - 1, g = heads / kv_heads. Its `kept` is their
+    mean, and its part in `change` is the part that it has in the squared change of the attention's
+    output.
 
     The dense model reads each sample once, in evaluation mode, and is then as it was; it must not
     run in another thread meanwhile. Layers with a sliding window keep it, and are no candidates.
@@ -61,6 +62,8 @@ def suggest(
     Each layer is changed alone, on the text of the samples. That several layers lose sight of the
     same tokens is not measured, nor what a window cannot reach in longer texts, nor what tuning
     teaches a model to write into summaries. `windows=()` leaves windows out.
+
+    Integers may be those of NumPy and PyTorch, in arrays too; a bool is none.
 
     Args:
         model: A dense causal model of transformers, as `retrofit` takes it.
@@ -79,7 +82,7 @@ def suggest(
 
     Raises:
         TypeError: The model is not one of transformers, the tokens are not tensors of integers, or
-            a count is not an integer.
+            a count is neither an integer nor several.
         ValueError: A pattern does not exist; a sample is shorter than two blocks or longer than the
             model's positions, or holds a number that is no token; the budget lies outside (0, 1] or
             below what the candidates reach; or the model has a fixed pattern already, or a sliding
@@ -93,11 +96,13 @@ def suggest(
         check_budget(budget)
     strides, most = _several("stride", stride), _several("sinks", sinks)
     sizes = product(strides, _several("summary", summary), most)
-    fixed = [FixedPattern(length, columns, sinks=first) for length, columns, first in sizes]
+    fixed = [FixedPattern(block, columns, sinks=first) for block, columns, first in sizes]
     samples = _samples(model, config, tokens, 2 * max(strides))
-    seq_len = max(sample.shape[1] for sample in samples) if seq_len is None else seq_len
-    check_count("seq_len", seq_len, minimum=2 * max(strides))
-    local = _windows(fixed, windows, max(most), seq_len)
+    length = max(sample.shape[1] for sample in samples) if seq_len is None else as_int(seq_len)
+    if length is None:
+        raise TypeError(f"seq_len must be an int, got seq_len={seq_len!r}.")
+    check_count("seq_len", length, minimum=2 * max(strides))
+    local = _windows(fixed, windows, max(most), length)
     candidates = tuple(dict.fromkeys((*fixed, *local)))
     decoder = next(
         each
@@ -121,7 +126,7 @@ def suggest(
             f"a layer must read everything to be converted, got a {type(model).__name__} whose "
             f"{len(layers)} layers all keep their sliding window."
         )
-    suggestion = Suggestion(candidates, layers, seq_len)
+    suggestion = Suggestion(candidates, layers, length)
     return suggestion if budget is None else suggestion.choose(budget, per_head)
 
 
@@ -143,13 +148,12 @@ def _check_model(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _several(name: str, counts: Counts) -> list[int]:
-    """Return one number or several as a list without repetitions."""
-    each = [counts] if isinstance(counts, int) or not isinstance(counts, Iterable) else list(counts)
-    for count in each:
-        check_count(name, count, minimum=0)
+    """Return one number or several, but not none, as a list without repetitions."""
+    each = as_ints(name, counts)
     if not each:
         raise ValueError(f"{name} must be a number or several, got {name}={counts!r}.")
-    return list(dict.fromkeys(each))
+    check_count(name, min(each), minimum=0)
+    return each
 
 
 def _windows(
@@ -160,7 +164,7 @@ def _windows(
         rivals = [pattern for pattern in fixed if pattern.sinks == sinks]
         widths = [num_kept(pattern, seq_len) - sinks for pattern in rivals]
     else:
-        widths = _several("windows", windows) if windows != () else []
+        widths = as_ints("windows", windows)
     return [LocalPattern(width, sinks=sinks) for width in widths]
 
 
@@ -171,7 +175,9 @@ def _samples(
     least: int,
 ) -> list[Int[Tensor, "_ _"]]:
     """Return the samples, checked and on the model's device."""
-    samples = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    samples = [tokens] if isinstance(tokens, Tensor) else items(tokens)
+    if samples is None:
+        raise TypeError(f"{_TOKENS}, got a {type(tokens).__name__}.")
     if not samples:
         raise ValueError("tokens must hold at least one sample, got none.")
     most = getattr(config, "max_position_embeddings", None)
@@ -180,10 +186,7 @@ def _samples(
     for sample in samples:
         if not isinstance(sample, Tensor) or sample.dtype not in (torch.int32, torch.int64):
             found = sample.dtype if isinstance(sample, Tensor) else f"a {type(sample).__name__}"
-            raise TypeError(
-                "tokens must be a tensor [batch, length] of int64 or int32, or an iterable of "
-                f"them, got {found}. Of a tokenizer's result take input_ids."
-            )
+            raise TypeError(f"{_TOKENS}, got {found}. Of a tokenizer's result take input_ids.")
         if sample.dim() != 2 or sample.shape[0] == 0:
             raise ValueError(
                 f"tokens must be [batch, length], got tokens.shape={tuple(sample.shape)}."

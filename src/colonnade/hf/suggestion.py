@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,12 @@ from colonnade.plot import draw_shares
 FULL = FullPattern()
 TOLERANCE = 1e-3
 """The change is at most this share above the least possible; a measurement says no more."""
+ROOT = "√change"
+"""The root of a mean square change, which tables and pictures show."""
+PER_TABLE = 12
+"""The most candidates side by side; more go into tables below one another."""
+WIDTH = 100
+"""Of a line of a table, at most."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,12 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The scores of all layers, and what to convert; `print` shows it as a table.
+    """The scores of all layers, and what to convert; `print` shows it as two tables.
+
+    The first has a line for each candidate, with the mean of `kept_by` over layers, and √change,
+    the root of the mean of `change_by` over layers. The second has a line for each layer, with the
+    root of each `change_by`, what is kept of its mass under the choice, and the numbers of the
+    candidates that are chosen: one for all key heads, or one for each group of them.
 
     Attributes:
         candidates: The patterns that were measured.
@@ -155,7 +167,8 @@ class Suggestion:
         Args:
             path: The file; its ending chooses the format, such as .png or .svg.
             per_head: Give every key head a line of its own.
-            change: Show how the output changes instead, as the root of the mean square.
+            change: Show √change instead, the root of the mean square by which the output changes,
+                as the table does.
 
         Raises:
             ModuleNotFoundError: matplotlib, which the extra "plot" installs, is missing.
@@ -175,14 +188,24 @@ class Suggestion:
                 marks.append([index for index, each in enumerate(options) if each in found])
         shares = [self._cost(pattern, [0]) / self.seq_len for pattern in options]
         columns = [f"{_name(p)}: {s:.0%}" for p, s in zip(options, shares, strict=True)]
-        label = "relative change of the layer's output" if change else "attention mass lost"
+        label = f"{ROOT} of the layer's output" if change else "attention mass lost"
         draw_shares(rows, names, columns, marks, label, self._summary(), Path(path))
 
     def __str__(self) -> str:
+        count = len(self.candidates)
+        shown = [range(i, min(i + PER_TABLE, count)) for i in range(0, count, PER_TABLE)]
+        tables = [self._by_candidate(), *map(self._by_layer, shown)]
+        notes = [
+            f"{ROOT}: the root of the mean square change of a layer's output, in % of it",
+            self._summary(),
+        ]
+        return "\n\n".join("\n".join(lines) for lines in (*tables, notes))
+
+    def _by_candidate(self) -> list[str]:
+        """Return the lines of a table of candidates, with means over layers without a window."""
         width = len(str(len(self.candidates)))
         lines = [
-            f"{'':>{width}}  {'candidate':<28} {'entries':>8} {'of dense':>9} {'kept':>7} "
-            f"{'change':>7}"
+            f"{'':>{width}}  {'candidate':<28} {'entries':>8} {'of dense':>9} {'kept':>7} {ROOT:>8}"
         ]
         measured = [layer for layer in self.layers if layer.window is None]
         for number, pattern in enumerate(self.candidates, start=1):
@@ -191,18 +214,29 @@ class Suggestion:
             change = _mean([self.change_by(pattern, layer.layer) for layer in measured])
             lines.append(
                 f"{number:>{width}}  {_name(pattern):<28} {entries:>8,} "
-                f"{entries / self.seq_len:>9.1%} {kept:>7.1%} {math.sqrt(change):>7.1%}"
+                f"{entries / self.seq_len:>9.1%} {kept:>7.1%} {math.sqrt(change):>8.1%}"
             )
-        numbers = "".join(f"{number + 1:>6}" for number in range(len(self.candidates)))
-        lines += ["", f"layer{numbers}    kept  chosen (before it: change by each candidate, in %)"]
+        return lines
+
+    def _by_layer(self, shown: range) -> list[str]:
+        """Return the lines of a table of layers and some candidates; the last says the choice."""
+        is_last = shown.stop == len(self.candidates)
+        numbers = "".join(f"{index + 1:>6}" for index in shown)
+        choice = "     kept  chosen" if is_last else ""
+        lines = [f"       {ROOT} under candidate, in %", f"layer{numbers}{choice}"]
         for layer in self.layers:
-            changes = "".join(f"{100 * math.sqrt(sum(each)):>6.1f}" for each in layer.change)
-            of_heads = [self._kept(*found) for found in self._chosen() if found[0] is layer]
-            share = f"{_mean(of_heads):.1%}" if of_heads else ""
-            lines.append(
-                f"{layer.layer:>5}{changes:{len(numbers)}}  {share:>6}  {self._words(layer)}"
-            )
-        return "\n".join([*lines, "", self._summary()])
+            if layer.window is not None:
+                lines.append(f"{layer.layer:>5}  keeps its window of {layer.window:,}")
+                continue
+            changes = "".join(_percent(math.sqrt(sum(layer.change[index]))) for index in shown)
+            line = f"{layer.layer:>5}{changes}"
+            if is_last:
+                kept = _mean([self._kept(*found) for found in self._chosen() if found[0] is layer])
+                line += f"  {kept:>7.1%}  "
+                words = textwrap.wrap(self._numbers(layer), WIDTH - len(line))
+                line += f"\n{'':{len(line)}}".join(words)
+            lines.append(line)
+        return lines
 
     def _summary(self) -> str:
         """Say in a line what the choice comes to."""
@@ -211,12 +245,12 @@ class Suggestion:
             f"{self.kept:.1%} of the attention mass kept"
         )
 
-    def _words(self, layer: LayerScore) -> str:
-        """Say in words what a layer reads, if it takes the suggestion."""
-        if layer.window is not None:
-            return f"keeps its window of {layer.window:,}"
+    def _numbers(self, layer: LayerScore) -> str:
+        """Return the number of each candidate that a layer reads, if it takes the suggestion."""
         patterns = self.patterns.get(layer.layer, FULL)
-        return " | ".join(map(_name, patterns if isinstance(patterns, tuple) else (patterns,)))
+        number = {each: f"{index}" for index, each in enumerate(self.candidates, start=1)}
+        each = patterns if isinstance(patterns, tuple) else (patterns,)
+        return ", ".join("full" if pattern == FULL else number[pattern] for pattern in each)
 
     def _layer(self, pattern: Pattern, layer: int) -> LayerScore:
         """Return the scores of a layer that was measured under a pattern."""
@@ -289,6 +323,11 @@ def _heads(layer: LayerScore) -> range:
 
 def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _percent(share: float) -> str:
+    """Return a share in %, in six characters."""
+    return f"{100 * share:>6.1f}" if share < 10 else f"{100 * share:>6.0f}"
 
 
 def _name(pattern: Pattern) -> str:
