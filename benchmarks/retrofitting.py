@@ -62,9 +62,9 @@ from colonnade.hf.settings import as_settings, has_settings, patterns_of
 from colonnade.info import info
 from colonnade.ops.heads import Patterns
 from colonnade.pattern import Pattern
+from colonnade.train.dense import load_dense
 from colonnade.train.logits import find_head
 from colonnade.train.retrofit_settings import RETROFIT_FILE, layers_in
-from colonnade.train.retrofitting import load_dense
 from colonnade.train.scores import (
     cache_entries,
     dense_entries,

@@ -96,7 +96,7 @@ def test_entries_are_the_most_that_a_position_reads(length: int) -> None:
         for head in range(count)
     )
     assert cache_entries(model.config, length) == most
-    assert entry_bytes(model) == 2 * 8 * 8
+    assert entry_bytes(model.config, torch.bfloat16) == 2 * 8 * 2
 
 
 def test_windows_of_the_dense_model_count_as_what_they_keep() -> None:

@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    TrainerCallback,
+)
 
-from colonnade import FixedPattern, FullPattern
+from colonnade import FixedPattern, FullPattern, LocalPattern
 from colonnade.hf import load
 from colonnade.hf.settings import patterns_of
 from colonnade.train import retrofitting, tuning
 from colonnade.train.retrofit_settings import RetrofitSettings, layers_in
 from colonnade.train.retrofitting import CONVERTED, DENSE, DENSE_TUNED, TUNED, open_retrofit, run
 from colonnade.train.scores import score
-from colonnade.train.steps import seconds_per_step
+from colonnade.train.steps import rate_share, seconds_per_step
 from tests.train.tuned import settings_for, write_model, write_texts
 
 # Of peft, for the adapters of a checkpoint.
@@ -185,8 +192,56 @@ def test_weights_keep_the_type_that_they_came_in(inputs: tuple[Path, Path], tmp_
     half = AutoModelForCausalLM.from_pretrained(inputs[0], dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(inputs[0]).save_pretrained(tmp_path / "half")
-    start(settings_for(tmp_path / "half", inputs[1], steps=1, bf16=True), tmp_path / "out")
+    settings = settings_for(tmp_path / "half", inputs[1], steps=1, tune_dense=True, bf16=True)
+    out = tmp_path / "out"
+    opened = open_retrofit(settings)
+    retrofitting.prepare_folder(out)
+
+    def early(line: str) -> None:
+        assert load_config(out)["dtype"] == "bfloat16", line
+
+    results = run(opened, out, early)
+    # The cache is that of the model that is saved: two layers of two heads, each 8 wide.
+    assert results[0]["cache_bytes"] == 2 * 2 * 64 * 2 * 8 * 2
+    found = load_config(out)
+    assert found["architectures"] == ["LlamaForCausalLM"]
+    run(open_retrofit(RetrofitSettings.load(out), out), out, early)
+    assert load_config(out) == found
+    assert load(out).dtype == torch.bfloat16
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def test_the_type_of_weights_is_theirs_where_nothing_says_it(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(inputs[0], dtype=torch.bfloat16).save_pretrained(model)
+    AutoTokenizer.from_pretrained(inputs[0]).save_pretrained(model)
+    config = load_config(model)
+    del config["dtype"]
+    (model / "config.json").write_text(json.dumps(config))
+    start(settings_for(model, inputs[1], steps=0), tmp_path / "out")
     assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_single_step_tunes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    start(settings_for(*inputs, steps=1), tmp_path / "out")
+    assert weights(tmp_path / "out") != weights(inputs[0])
+    tuned, dense = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "out", inputs[0]))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(tuned.state_dict()[name], dense.state_dict()[name])
+
+
+def test_the_rate_rises_from_above_0_and_decays() -> None:
+    """Against a table for four steps of warm-up and two behind it."""
+    found = [rate_share(step, 4, 6) for step in range(7)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.5, 0])
+    for warm_up in (0, 1):
+        assert rate_share(0, warm_up, 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -196,18 +251,22 @@ def test_weights_keep_the_type_that_they_came_in(inputs: tuple[Path, Path], tmp_
         ({"summary": 17}, r"summary must be in \[1, stride\]"),
         ({"sinks": 13}, r"sinks"),
         ({"at_once": 3}, r"batch_size must be a multiple of at_once, got batch_size=2"),
-        ({"budget": 0.5}, r"budget goes with layers='suggest'"),
-        ({"layers": "suggest"}, r"budget goes with layers='suggest'"),
+        ({"budget": 0.5}, r"--budget is for --layers suggest, which needs it; got layers='all'"),
+        ({"layers": "suggest"}, r"--budget is for --layers suggest, .* and budget=None"),
+        ({"layers": "suggest", "budget": 0.5, "subblocks": 2}, r"no sub-blocks, got subblocks=2"),
         ({"layers": "0,2"}, r"layers must be in \[0, 2\), .* got layers='0,2'"),
         ({"layers": "first"}, r"layers must be 'all', .* got layers='first'"),
-        ({"layers": "1-0"}, r"layers must be in \[0, 2\)"),
+        ({"layers": "1-0"}, r"a range of layers must go up, got 1-0 in layers='1-0'"),
+        ({"layers": "0,1-0"}, r"a range of layers must go up, got 1-0 in layers='0,1-0'"),
+        ({"eval_share": 0.0}, r"eval_share must be between 0 and 1, got eval_share=0\.0"),
+        ({"eval_share": 0.004}, r"documents of at most \d+ tokens and stride=16"),
         ({"seq_len": 65}, r"at most the model's max_position_embeddings=64, got seq_len=65"),
         ({"seq_len": 16}, r"seq_len must be above stride"),
         ({"minutes": 0.0}, r"minutes must be finite and above 0, got minutes=0\.0"),
         ({"learning_rate": -1.0}, r"learning_rate must be finite and above 0, got .*=-1\.0"),
         ({"steps": -1}, r"steps must be at least 0"),
         ({"steps": 0, "tune_dense": True}, r"tune_dense needs steps"),
-        ({"eval_share": 0.99}, r"the train split must hold at least one context of 64 tokens"),
+        ({"eval_share": 0.99}, r"text to tune on must hold at least one window of 64 tokens"),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -245,10 +304,31 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_layers_are_named_in_words_and_numbers() -> None:
-    assert layers_in("all", 3) == [0, 1, 2]
-    assert layers_in("alternate", 5) == [1, 3]
-    assert layers_in(" 4,0, 1-2 ", 5) == [0, 1, 2, 4]
-    assert layers_in("2,2-3,3", 5) == [2, 3]
+    assert layers_in("all", 3, [0, 1, 2]) == [0, 1, 2]
+    assert layers_in("alternate", 5, range(5)) == [1, 3]
+    assert layers_in(" 4,0, 1-2 ", 5, range(5)) == [0, 1, 2, 4]
+    assert layers_in("2,2-3,3", 5, range(5)) == [2, 3]
+
+
+def test_words_for_layers_speak_of_those_with_full_attention() -> None:
+    assert layers_in("all", 6, [1, 3, 5]) == [1, 3, 5]
+    assert layers_in("alternate", 6, [1, 3, 5]) == [3]
+    assert layers_in("0", 6, [1, 3, 5]) == [0]
+    with pytest.raises(ValueError, match=r"needs two layers with full attention, got .* with 1"):
+        layers_in("alternate", 2, [1])
+
+
+def test_layers_with_a_window_keep_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"sliding_window": 8, "use_sliding_window": True, "layer_types": kinds}
+    mixed = write_model(tmp_path / "mixed", Qwen2Config, **sizes)
+    start(settings_for(mixed, inputs[1], steps=1), tmp_path / "out")
+    saved = load(tmp_path / "out").config
+    expected = [LocalPattern(8), FixedPattern(16, 4, sinks=1)]
+    assert [patterns_of(saved, layer) for layer in range(2)] == expected
+    windows = write_model(tmp_path / "windows", MistralConfig, sliding_window=8)
+    with pytest.raises(NotImplementedError, match=r"every layer has a sliding window, got .*=8"):
+        open_retrofit(settings_for(windows, inputs[1]))
 
 
 def test_suggested_layers_are_converted_and_resumed(

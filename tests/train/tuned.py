@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from colonnade.hf import byte_tokenizer
 from colonnade.train.retrofit_settings import RetrofitSettings
@@ -14,7 +14,7 @@ from colonnade.train.retrofit_settings import RetrofitSettings
 CONTEXT = 64
 
 
-def write_model(folder: Path, **changes: Any) -> Path:
+def write_model(folder: Path, kind: type[PreTrainedConfig] = LlamaConfig, **changes: Any) -> Path:
     """Write a model whose predictions vary, so that every loss says something."""
     sizes: dict[str, Any] = {
         "vocab_size": 258,
@@ -30,7 +30,7 @@ def write_model(folder: Path, **changes: Any) -> Path:
     }
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+        model = AutoModelForCausalLM.from_config(kind(**{**sizes, **changes}))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class RetrofitSettings:
         model: Folder of a transformers model and its tokenizer, or a name that transformers knows.
         data: File or folder of UTF-8 text to tune on; each file is a document.
         eval_data: File or folder of text that is held out; None: the last tokens of `data`.
-        eval_share: How many of them, as a share of all tokens.
+        eval_share: Share of the tokens of `data` that is held out, without `eval_data`.
         eval_windows: Number of held-out windows that are scored.
         fingerprint: Hash of the tokens, which must not change; empty until it is known.
         seq_len: Number of tokens in a window, in tuning and in scoring.
@@ -32,9 +33,9 @@ class RetrofitSettings:
         summary: Number of columns of every block that all later positions read.
         subblocks: Number of sub-blocks.
         sinks: Number of first positions that all later ones read.
-        layers: Layers that get the pattern: "all"; "alternate", which are 1, 3, 5 …; numbers and
-            ranges such as "0,2,5-9"; or "suggest", which takes a pattern for each layer from
-            `colonnade.hf.suggest`.
+        layers: Layers that get the pattern: "all" with full attention; "alternate", every second
+            one of these; numbers and ranges such as "0,2,5-9"; or "suggest", which takes a pattern
+            for each layer from `colonnade.hf.suggest`.
         budget: For "suggest", the cache as a share of the dense model's.
         lora: Rank of the adapters; 0: tune all weights.
         distill: Weight of the dense model's distribution in the loss, from 0 to 1; see
@@ -83,7 +84,7 @@ class RetrofitSettings:
         Raises:
             ValueError: The folder holds no retrofit, or its settings are damaged.
         """
-        return read_settings(cls, folder / RETROFIT_FILE)
+        return read_settings(cls, folder / RETROFIT_FILE, "retrofit")
 
     def save(self, folder: Path) -> None:
         """Write the settings, whole or not at all."""
@@ -122,6 +123,10 @@ class RetrofitSettings:
             if not (math.isfinite(number) and number > 0):
                 name = "learning_rate" if name == "rate" else name
                 raise ValueError(f"{name} must be finite and above 0, got {name}={number}.")
+        if not 0 < self.eval_share < 1:
+            raise ValueError(
+                f"eval_share must be between 0 and 1, got eval_share={self.eval_share}."
+            )
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must be in [0, 1], got distill={self.distill}.")
         if self.batch_size % self.at_once:
@@ -131,8 +136,13 @@ class RetrofitSettings:
             )
         if (self.layers == SUGGEST) != (self.budget is not None):
             raise ValueError(
-                f"budget goes with layers={SUGGEST!r} and is needed there, got "
-                f"layers={self.layers!r} and budget={self.budget}."
+                f"--budget is for --layers {SUGGEST}, which needs it; got layers={self.layers!r} "
+                f"and budget={self.budget}."
+            )
+        if self.layers == SUGGEST and self.subblocks != 1:
+            raise ValueError(
+                f"--layers {SUGGEST} has no sub-blocks, got subblocks={self.subblocks}. Leave them "
+                "out, or name the layers."
             )
         if self.tune_dense and self.steps == 0:
             raise ValueError("tune_dense needs steps to tune for, got steps=0.")
@@ -149,16 +159,26 @@ _COUNTS = {
 """The least that each count may be."""
 
 
-def layers_in(text: str, num_layers: int) -> list[int]:
+def layers_in(text: str, num_layers: int, full: Sequence[int]) -> list[int]:
     """Return the layers that "all", "alternate", or numbers and ranges such as "0,2,5-9" name.
 
+    Args:
+        text: These words or numbers.
+        num_layers: Number of layers of the model.
+        full: Layers with full attention, which are those that words speak of.
+
     Raises:
-        ValueError: The text says something else, or names a layer that there is not.
+        ValueError: The text says something else, or names no layer or one that there is not.
     """
     if text == ALL:
-        return list(range(num_layers))
+        return list(full)
     if text == ALTERNATE:
-        return list(range(1, num_layers, 2))
+        if len(full) < 2:
+            raise ValueError(
+                f"layers={ALTERNATE!r} needs two layers with full attention, got a model with "
+                f"{len(full)}."
+            )
+        return list(full[1::2])
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -167,8 +187,12 @@ def layers_in(text: str, num_layers: int) -> list[int]:
                 f"layers must be {ALL!r}, {ALTERNATE!r}, {SUGGEST!r}, or numbers and ranges such "
                 f"as 0,2,5-9, got layers={text!r}."
             )
+        if int(last or first) < int(first):
+            raise ValueError(
+                f"a range of layers must go up, got {part.strip()} in layers={text!r}."
+            )
         found += range(int(first), int(last or first) + 1)
-    if not found or max(found) >= num_layers:
+    if max(found) >= num_layers:
         raise ValueError(
             f"layers must be in [0, {num_layers}), for the model has {num_layers}, got "
             f"layers={text!r}."

@@ -7,6 +7,7 @@ scored), the Trainer's checkpoints, and at the end the converted model with its 
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,16 +19,18 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
 
 from colonnade import hf
-from colonnade.hf.settings import has_settings, patterns_of
+from colonnade.hf.settings import patterns_of
+from colonnade.hf.windows import window_of
 from colonnade.ops.heads import Patterns
 from colonnade.train.data import PackedWindows
+from colonnade.train.dense import load_dense, saved_dtype
 from colonnade.train.distillation import attending_by
 from colonnade.train.folder import find_checkpoint
 from colonnade.train.retrofit_settings import SUGGEST, RetrofitSettings, layers_in
@@ -38,7 +41,7 @@ from colonnade.train.scores import (
     held_out_windows,
     score,
 )
-from colonnade.train.tokens import TRAIN, TokenCorpus, open_tokens
+from colonnade.train.tokens import HELD_OUT, TRAIN, TokenCorpus, open_tokens
 from colonnade.train.tuning import Tuning, frozen_copy
 
 RESULTS_FILE = "results.jsonl"
@@ -100,6 +103,7 @@ def open_retrofit(settings: RetrofitSettings, folder: Path | None = None) -> Ret
     corpus = open_tokens(tokenizer, Path(settings.data), text, settings.eval_share)
     _check_fit(settings, model, corpus)
     windows = held_out_windows(corpus, settings.seq_len, settings.eval_windows)
+    _check_longer_than_a_block(windows, settings, corpus)
     fingerprint = corpus.fingerprint()
     if settings.fingerprint not in ("", fingerprint):
         raise ValueError(
@@ -107,31 +111,34 @@ def open_retrofit(settings: RetrofitSettings, folder: Path | None = None) -> Ret
             "tuned and held-out text would mix. Restore it, or start again in another folder."
         )
     attention: str = model.config.get_text_config(decoder=True)._attn_implementation
-    dtype = AutoConfig.from_pretrained(settings.model).get_text_config(decoder=True).dtype
     _convert(model, settings, corpus, folder)
     return Retrofit(
         replace(settings, fingerprint=fingerprint),
         model,
         attention,
-        dtype if isinstance(dtype, torch.dtype) else torch.float32,
+        saved_dtype(settings.model),
         tokenizer,
         corpus,
         windows,
     )
 
 
-def load_dense(name: str) -> PreTrainedModel:
-    """Load a dense causal model in float32, on the accelerator if there is one.
+def _check_longer_than_a_block(
+    windows: list[tuple[int, int]], settings: RetrofitSettings, corpus: TokenCorpus
+) -> None:
+    """Refuse held-out windows in which the converted model reads what the dense one reads.
 
     Raises:
-        ValueError: It has a fixed pattern already.
-        OSError: There is no such model.
+        ValueError: They are no longer than a block.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    if has_settings(model.config.get_text_config(decoder=True)):
-        raise ValueError(f"model must be dense, got {name}, which has a fixed pattern already.")
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    begin, end = windows[0]
+    if end - begin <= settings.stride:
+        held_out = corpus.documents(*corpus.split(HELD_OUT))
+        raise ValueError(
+            "a held-out document must have more tokens than a block, for within a block everything "
+            f"is read; got documents of at most {max(b - a for a, b in held_out)} tokens and "
+            f"stride={settings.stride}. Hold out more text, or use a shorter stride."
+        )
 
 
 def _check_fit(settings: RetrofitSettings, model: PreTrainedModel, corpus: TokenCorpus) -> None:
@@ -152,7 +159,13 @@ def _check_fit(settings: RetrofitSettings, model: PreTrainedModel, corpus: Token
             "seq_len must be above stride, for within a block everything is read; got "
             f"seq_len={settings.seq_len} and stride={settings.stride}."
         )
-    PackedWindows(corpus, TRAIN, settings.seq_len, 1, settings.seed)
+    begin, end = corpus.split(TRAIN)
+    if end - begin < settings.seq_len:
+        raise ValueError(
+            f"the text to tune on must hold at least one window of {settings.seq_len} tokens, got "
+            f"{end - begin} tokens of {corpus.name} ({len(corpus)} with what is held out). Use "
+            "more text, or a shorter seq_len."
+        )
     table: Any = model.get_input_embeddings()
     known = table.weight.shape[0]
     if (highest := int(corpus.read(0, len(corpus)).max())) >= known:
@@ -168,14 +181,16 @@ def _convert(
     config = model.config.get_text_config(decoder=True)
     layers = range(config.num_hidden_layers)
     if settings.layers != SUGGEST:
-        chosen = layers_in(settings.layers, len(layers))
+        full = [layer for layer in layers if window_of(config, layer) is None]
+        # Without any, `retrofit` says so.
+        chosen = layers_in(settings.layers, len(layers), full) if full else None
         pattern = settings.pattern()
         hf.retrofit(
             *(model, pattern.stride, pattern.summary, pattern.subblocks, chosen),
             sinks=pattern.sinks,
         )
         return
-    if folder is not None and (folder / "config.json").exists():
+    if folder is not None and (folder / CONFIG_NAME).exists():
         saved = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
         hf.retrofit(model, patterns={layer: patterns_of(saved, layer) for layer in layers})
         return
@@ -239,7 +254,7 @@ def run(
     """
     model, settings = retrofit.model, retrofit.settings
     settings.save(folder)
-    model.config.save_pretrained(folder)
+    _save_config(retrofit, folder)
     begin, end = retrofit.corpus.split(TRAIN)
     say(
         f"{model.num_parameters():,} parameters; {end - begin:,} tokens of {retrofit.corpus.name} "
@@ -296,6 +311,21 @@ def _save(model: PreTrainedModel, retrofit: Retrofit, folder: Path) -> None:
     retrofit.tokenizer.save_pretrained(folder)
 
 
+def _save_config(retrofit: Retrofit, folder: Path) -> None:
+    """Write the configuration that goes with the weights to come, unless it is there already.
+
+    The model is in float32 here, whatever it is saved in.
+    """
+    if (folder / CONFIG_NAME).exists():
+        return
+    config = copy.deepcopy(retrofit.model.config)
+    config.dtype = retrofit.dtype
+    # Whole or not at all: patterns that were suggested are read from it.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        config.save_pretrained(temporary)
+        Path(temporary, CONFIG_NAME).replace(folder / CONFIG_NAME)
+
+
 class Results:
     """What was measured, a line for each model, kept in `results.jsonl`.
 
@@ -330,7 +360,7 @@ class Results:
             "model": name,
             **found.as_results(),
             "cache_entries": entries,
-            "cache_bytes": entries * entry_bytes(model),
+            "cache_bytes": entries * entry_bytes(model.config, retrofit.dtype),
             "cache_share": entries / of_dense,
             "steps": retrofit.settings.steps if name in (TUNED, DENSE_TUNED) else 0,
         }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from colonnade.hf import SparseTransformerConfig, SparseTransformerForCausalLM, byte_tokenizer
@@ -20,13 +20,13 @@ from colonnade.train.data import Corpus, PackedWindows, Windows
 from colonnade.train.folder import last_checkpoint
 from colonnade.train.optimizer import make_optimizer
 from colonnade.train.settings import RunSettings
-from colonnade.train.steps import UNSEEN, recompute_layers, seconds_per_step
+from colonnade.train.steps import UNSEEN, ScheduledTrainer, recompute_layers, seconds_per_step
 
 WARM_UP_STEPS, TIMED_STEPS = 5, 20
 """Steps of a run of minutes that are run before it, timed and thrown away."""
 
 
-class BitsTrainer(Trainer):
+class BitsTrainer(ScheduledTrainer):
     """A Trainer that logs losses in bits per byte too."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -233,7 +233,6 @@ def _make_trainer(
             max_steps=settings.steps,
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=settings.batch_size,
-            lr_scheduler_type="cosine",
             warmup_steps=min(settings.warmup_steps, settings.steps),
             max_grad_norm=1.0,
             use_cpu=not torch.accelerator.is_available(),

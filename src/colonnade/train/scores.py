@@ -162,8 +162,11 @@ def key_heads(config: PreTrainedConfig, layer: int) -> int:
     return heads
 
 
-def entry_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of a key and its value, in the type that the model computes in."""
-    config = model.config.get_text_config(decoder=True)
+def entry_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of a key and its value in the type of a cache.
+
+    It is that in which a model is saved and used, not the one in which it is measured.
+    """
+    config = config.get_text_config(decoder=True)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(width) * model.dtype.itemsize
+    return 2 * int(width) * dtype.itemsize

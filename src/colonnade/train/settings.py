@@ -28,8 +28,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Settings of a run that go with a preset of the model."""
 
 
-def read_settings(kind: type[Settings], file: Path) -> Settings:
-    """Read the settings that a run was started with.
+def read_settings(kind: type[Settings], file: Path, what: str = "run") -> Settings:
+    """Read the settings that a run, or `what` it is, was started with.
 
     Raises:
         ValueError: There is no such file, or it is damaged.
@@ -37,7 +37,7 @@ def read_settings(kind: type[Settings], file: Path) -> Settings:
     try:
         return kind(**json.loads(file.read_text()))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{file.parent} holds no run: there is no {file.name} in it.") from None
+        raise ValueError(f"{file.parent} holds no {what}: there is no {file.name} in it.") from None
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}.") from error
 

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import time
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 UNSEEN: dict[str, Any] = {"logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
 """Arguments of a Trainer whose steps are timed and thrown away."""
+
+
+class ScheduledTrainer(Trainer):
+    """A Trainer in which every step counts: the rate rises linearly from above 0, then decays.
+
+    That of transformers is 0 in the first step, so a run of one step would train nothing.
+    """
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        """Make the schedule of `rate_share` from the Trainer's number of warm-up steps."""
+        if self.lr_scheduler is None:
+            warm_up = self.args.get_warmup_steps(num_training_steps)
+            share = functools.partial(rate_share, warm_up=warm_up, steps=num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def rate_share(step: int, warm_up: int, steps: int) -> float:
+    """Return the share of the peak rate in a step, counted from 0.
+
+    It is (step + 1) / warm_up up to 1, and from there half a cosine that is 0 when all steps are
+    done.
+    """
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
 
 
 def check_alone() -> None:

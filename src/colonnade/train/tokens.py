@@ -100,11 +100,11 @@ def open_tokens(
         tokenizer: A tokenizer that says where in the text each token lies.
         data: The text; a hidden file of a folder is left out.
         held_out: The text that is held out; if None, the last tokens of `data` are.
-        held_out_share: How many of them, as a share of all tokens.
+        held_out_share: Share of the tokens of `data` that is held out, without `held_out`.
 
     Raises:
-        ValueError: A path is neither a file nor a folder, a text is not UTF-8 or comes in both
-            places, `held_out_share` lies outside (0, 1), or the tokenizer is a slow one.
+        ValueError: A path is neither a file nor a folder, a text is empty, not UTF-8 or comes in
+            both places, `held_out_share` lies outside (0, 1), or the tokenizer is a slow one.
         OSError: A file cannot be read.
     """
     if not 0 < held_out_share < 1:
@@ -118,11 +118,22 @@ def open_tokens(
             f"no text may be trained on and held out, got {both[0]} in both {data} and {held_out}."
         )
     documents = [tokenize_file(tokenizer, file) for file in files]
-    num_train = sum(len(each.ids) for each in documents)
+    num_train = _num_tokens(documents, data)
     if held_out is None:
         num_train = round(num_train * (1 - held_out_share))
-    documents += [tokenize_file(tokenizer, file) for file in others]
+    else:
+        apart = [tokenize_file(tokenizer, file) for file in others]
+        _num_tokens(apart, held_out)
+        documents += apart
     return TokenCorpus(documents, num_train, str(data))
+
+
+def _num_tokens(documents: list[Tokens], path: Path) -> int:
+    """Return the number of tokens in the documents of a path, and refuse one without any."""
+    total = sum(len(each.ids) for each in documents)
+    if not total:
+        raise ValueError(f"a text must hold at least one token, got {path}, which is empty.")
+    return total
 
 
 def tokenize_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> Tokens:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from colonnade.train.data import PackedWindows
 from colonnade.train.distillation import Teacher, losses
 from colonnade.train.logits import Head, find_head
 from colonnade.train.retrofit_settings import RetrofitSettings
-from colonnade.train.steps import UNSEEN, recompute_layers, seconds_per_step
+from colonnade.train.steps import UNSEEN, ScheduledTrainer, recompute_layers, seconds_per_step
 from colonnade.train.tokens import TRAIN, TokenCorpus
 
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
@@ -27,7 +27,7 @@ WARM_UP_SHARE = 0.05
 """Share of the steps over which the learning rate rises."""
 
 
-class TuningTrainer(Trainer):
+class TuningTrainer(ScheduledTrainer):
     """A Trainer with the loss of `colonnade.train.distillation`.
 
     Args:
@@ -187,7 +187,6 @@ class Tuning:
                 per_device_train_batch_size=settings.at_once,
                 gradient_accumulation_steps=settings.batch_size // settings.at_once,
                 learning_rate=settings.rate,
-                lr_scheduler_type="cosine",
                 warmup_steps=math.ceil(settings.steps * WARM_UP_SHARE),
                 weight_decay=0.0,
                 max_grad_norm=1.0,
