@@ -17,7 +17,7 @@ What a row reads is an argument of `row`; rows of the untuned table, one factor 
     row fixed:64,16,1; row fixed:256,64,1; row fixed:128,16,1,2
     for layers in alternate 1-28 2-27; do row fixed:128,32,1 --layers $layers; done
     row local:256,4; row local:512,1; row local:640,1
-    row "local:256,1|fixed:128,32,1|fixed:128,32,1"; row full --suggest 0.33
+    row "local:256,1|fixed:128,32,1|fixed:128,32,1"; row suggest --suggest 0.33
 
 Rows after tuning name the folder that `colonnade retrofit` wrote, and the model in it:
 
@@ -59,6 +59,7 @@ from transformers import (
 from colonnade import FixedPattern, FullPattern, LocalPattern, hf
 from colonnade.hf import FixedCache, retrofit
 from colonnade.hf.settings import as_settings, has_settings, patterns_of
+from colonnade.hf.windows import full_layers
 from colonnade.info import info
 from colonnade.ops.heads import Patterns
 from colonnade.pattern import Pattern
@@ -106,12 +107,13 @@ def main() -> None:
     each = commands.add_parser("row", help="measure one row")
     each.add_argument(
         "what",
-        help="dense; tuned or dense-tuned of --run; or a conversion: fixed:STRIDE,SUMMARY[,SINKS"
-        "[,SUBBLOCKS]], local:WINDOW[,SINKS], full, or several for the key heads, with | between",
+        help="dense; tuned or dense-tuned of --run; suggest; or a conversion: fixed:STRIDE,"
+        "SUMMARY[,SINKS[,SUBBLOCKS]], local:WINDOW[,SINKS], full, or several for the key heads, "
+        "with | between",
     )
     each.add_argument("--folder", type=Path, required=True, help="what prepare wrote")
     each.add_argument("--layers", default="all", help="layers that are converted")
-    each.add_argument("--suggest", type=float, help="budget for colonnade.hf.suggest, not --layers")
+    each.add_argument("--suggest", type=float, help="of suggest, its budget at --seq-len")
     each.add_argument("--run", dest="tuned", type=Path, help="folder of colonnade retrofit")
     each.add_argument("--seq-len", type=int, default=2_048)
     each.add_argument("--windows", type=int, default=16)
@@ -126,7 +128,24 @@ def main() -> None:
     each.add_argument("--results", type=Path, default=RESULTS)
     each.set_defaults(run=lambda arguments: print(table(read(arguments.results))))
     arguments = parser.parse_args()
+    if problem := problem_of(arguments):
+        parser.error(problem)
     arguments.run(arguments)
+
+
+def problem_of(arguments: argparse.Namespace) -> str | None:
+    """Return what is missing, or would be ignored, among the arguments of a command."""
+    if arguments.run == measure:
+        is_tuned = arguments.what in ("tuned", "dense-tuned")
+        if is_tuned != (arguments.tuned is not None):
+            return f"--run goes with tuned and dense-tuned, which need it, got {arguments.what}"
+        if (arguments.what == "suggest") != (arguments.suggest is not None):
+            return f"--suggest goes with suggest, which needs it, got {arguments.what}"
+        if arguments.layers != "all" and (is_tuned or arguments.what in ("dense", "suggest")):
+            return f"--layers goes with a conversion, got {arguments.what}"
+    elif arguments.run != prepare and not arguments.results.exists():
+        return f"there are no results in {arguments.results}; row makes them"
+    return None
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -186,13 +205,15 @@ def measure(arguments: argparse.Namespace) -> None:
     corpus = open_tokens(tokenizer, text / "train", text / "held-out")
     model, tuning = open_model(arguments, corpus)
     model.eval()
+    dtype = saved_dtype(str(arguments.tuned or arguments.folder / "model"))
+    lengths = sorted({*CACHE_LENGTHS, arguments.seq_len})
     line: dict[str, Any] = {
         "what": arguments.what,
         "layers": arguments.layers,
         "patterns": patterns_as_text(model),
         "tuning": tuning,
         "sources": json.loads((arguments.folder / "sources.json").read_text()),
-        "cache": {str(n): cache_of(model, n) for n in sorted({*CACHE_LENGTHS, arguments.seq_len})},
+        "cache": {str(n): cache_of(model, n, dtype) for n in lengths},
     }
     if arguments.suggest is not None:
         line["suggest"] = arguments.suggest
@@ -223,12 +244,14 @@ def open_model(
     if arguments.what == "dense":
         return model, None
     if arguments.suggest is not None:
-        samples = [corpus.read(at, at + 2_048) for at in range(0, 4 * 2_048, 2_048)]
+        length = arguments.seq_len
+        samples = [corpus.read(at, at + length) for at in range(0, 4 * length, length)]
         tokens = torch.stack([torch.from_numpy(sample).long() for sample in samples])
         found = hf.suggest(model, tokens, budget=arguments.suggest)
         return retrofit(model, patterns=found.patterns), None
     pattern = patterns_in(arguments.what)
-    chosen = layers_in(arguments.layers, model.config.num_hidden_layers)
+    config = model.config
+    chosen = layers_in(arguments.layers, config.num_hidden_layers, full_layers(config))
     return retrofit(model, patterns=dict.fromkeys(chosen, pattern)), None
 
 
@@ -265,12 +288,13 @@ def patterns_as_text(model: PreTrainedModel) -> list[Any]:
     return [{"layers": [i for i in layers if each[i] == s], **s} for s in different]
 
 
-def cache_of(model: PreTrainedModel, length: int) -> dict[str, Any]:
+def cache_of(model: PreTrainedModel, length: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the entries and bytes of a cache at a length, and its share of the dense one."""
     fixed = has_settings(model.config.get_text_config(decoder=True))
     entries = (cache_entries if fixed else dense_entries)(model.config, length)
     share = entries / dense_entries(model.config, length)
-    return {"entries": entries, "bytes": entries * entry_bytes(model), "share": share}
+    num_bytes = entries * entry_bytes(model.config, dtype)
+    return {"entries": entries, "bytes": num_bytes, "share": share}
 
 
 def recall(
@@ -370,6 +394,13 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def scored_alike(line: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows were scored on the same windows of the same text, by the same model."""
+    names = ("tokens", "windows", "bytes")
+    scores = [[each["score"][n] for n in names] for each in (line, other) if "score" in each]
+    return len(scores) == 2 and scores[0] == scores[1] and line["sources"] == other["sources"]
+
+
 def _cells(line: dict[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:
     found, tuning = line.get("score"), line["tuning"]
     yield f"`{line['what']}`".replace("|", "\\|")
@@ -384,7 +415,7 @@ def _cells(line: dict[str, Any], lines: list[dict[str, Any]]) -> Iterator[str]:
         dense = [
             each["score"]["second_half"]
             for each in lines
-            if each["what"] == "dense" and each.get("score", {}).get("tokens") == found["tokens"]
+            if each["what"] == "dense" and scored_alike(each, line)
         ]
         yield f"{found['second_half'] / dense[-1]:.3f}" if dense else ""
     tokens = found["tokens"] if found else CACHE_LENGTHS[0]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import LlavaConfig
 
 from colonnade.hf import load
-from colonnade.train import retrofitting
+from colonnade.train import retrofitting, run
 from tests.cli.common import invoke, succeed
 from tests.train.tuned import write_model, write_texts
 
@@ -51,7 +54,11 @@ def test_a_table_of_what_was_measured_and_a_model(inputs: list[object], tmp_path
         (["--data", "nowhere"], "data must be a file or a folder; nowhere does not exist."),
         (["--summary", "17"], "summary must be in [1, stride]"),
         (["--layers", "0-9"], "layers must be in [0, 2), for the model has 2, got layers='0-9'."),
-        (["--layers", "suggest"], "budget goes with layers='suggest' and is needed there"),
+        (["--layers", "suggest"], "--budget is for --layers suggest, which needs it"),
+        (["--full", "--lora", "8"], "--full goes without --lora, got both."),
+        (["--minutes", "8"], "--steps goes without --minutes, got both."),
+        (["--lora", "0"], "--lora must be at least 1, got --lora 0. Use --full to tune all"),
+        (["--eval-share", "0"], "eval_share must be between 0 and 1, got eval_share=0.0."),
         (["--seq-len", "100"], "seq_len must be at most the model's max_position_embeddings=64"),
         (["--distill", "2"], "distill must be in [0, 1], got distill=2.0."),
     ],
@@ -72,9 +79,9 @@ def test_what_is_missing_is_named(inputs: list[object], tmp_path: Path) -> None:
     mistakes: list[tuple[list[object], str]] = [
         ([], "retrofit needs MODEL and --data, or --resume."),
         (inputs[:1], "retrofit needs MODEL and --data, or --resume."),
-        ([tmp_path / "no model", *inputs[1:]], "no model"),
-        (["--resume"], f"{out} holds no run: there is no retrofit.json in it."),
-        ([*inputs, "--resume"], "leave out model, --data."),
+        ([tmp_path / "no model", *inputs[1:]], f"there is no folder {tmp_path / 'no model'}."),
+        (["--resume"], f"{out} holds no retrofit: there is no retrofit.json in it."),
+        ([*inputs, "--resume"], "leave out MODEL, --data."),
     ]
     for arguments, rule in mistakes:
         result = invoke("retrofit", *arguments, "--out", out)
@@ -110,6 +117,68 @@ def test_a_lack_of_memory_is_one_line(
     assert result.exit_code == 2
     assert "out of memory. Start again in another folder with --recompute" in result.output
     assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "rule", "code"),
+    [
+        (KeyboardInterrupt(), "interrupted. ", 130),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk.", 2),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "no space is", 2),
+    ],
+)
+@pytest.mark.parametrize("command", ["retrofit", "train"])
+def test_what_the_world_does_to_a_run_is_one_line(
+    command: str,
+    error: BaseException,
+    rule: str,
+    code: int,
+    inputs: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(retrofitting, "run", fail)
+    monkeypatch.setattr(run, "start", fail)
+    out = tmp_path / "out"
+    result = invoke(command, *((*inputs, *SMALL) if command == "retrofit" else ()), "--out", out)
+    assert result.exit_code == code
+    assert rule in result.output
+    resuming = f"colonnade {command} --resume --out {out} goes on from the last checkpoint."
+    assert resuming in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_other_errors_of_a_run_keep_their_traceback(
+    inputs: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(retrofitting, "run", fail)
+    result = invoke("retrofit", *inputs, "--out", tmp_path / "out", *SMALL)
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_models_of_more_than_text_and_empty_texts_are_refused(
+    inputs: list[object], tmp_path: Path
+) -> None:
+    seeing = tmp_path / "seeing"
+    LlavaConfig().save_pretrained(seeing)
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    mistakes: list[tuple[list[object], str]] = [
+        ([seeing, *inputs[1:]], f"of text alone, got {seeing} of type 'llava'."),
+        ([inputs[0], "--data", empty], f"got {empty}, which is empty."),
+        ([*inputs, "--eval-data", empty], f"got {empty}, which is empty."),
+    ]
+    for arguments, rule in mistakes:
+        result = invoke("retrofit", *arguments, "--out", tmp_path / "out", *SMALL)
+        assert result.exit_code == 2
+        assert rule in result.output
+        assert result.output.count("\n") == 1
 
 
 def test_the_help_shows_an_example() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ EXTRAS = {
 }
 MISTAKE = 2
 """Exit code for a user's mistake."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, that of shells: 128 and the number of the signal."""
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -69,6 +72,45 @@ def one_line_for_mistakes() -> Iterator[None]:
         fail(f"{where}{error.strerror or error}.")
 
 
+@contextmanager
+def one_line_for_the_world(resuming: str) -> Iterator[None]:
+    """Turn an interruption by the user, or a full disk, into one line that says how to go on.
+
+    Args:
+        resuming: The command that goes on with what was begun.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(
+            f"colonnade: interrupted. {resuming} goes on from the last checkpoint.", err=True
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        fail(
+            f"no space is left on the disk. Make room; then {resuming} goes on from the last "
+            "checkpoint."
+        )
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, is that of a full disk or quota."""
+    while error is not None:
+        numbers = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        if isinstance(error, OSError) and error.errno in numbers:
+            return True
+        # safetensors and PyTorch have errors of their own, without a number.
+        said = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")
+        if any(each in str(error) for each in said):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def is_given(context: typer.Context, name: str) -> bool:
     """Whether a parameter comes from the command line, and not from its default."""
     # Every parameter of a running command has a source, whatever its type says.
@@ -78,7 +120,7 @@ def is_given(context: typer.Context, name: str) -> bool:
 def refuse_other_options(context: typer.Context, *allowed: str) -> None:
     """Refuse parameters besides those that --resume goes with, for all others are the run's."""
     given = [
-        parameter.opts[0]
+        name.upper() if (name := parameter.opts[0])[0] != "-" else name
         for parameter in context.command.params
         if parameter.name not in allowed and is_given(context, parameter.name or "")
     ]

@@ -17,7 +17,9 @@ from colonnade.cli.common import (
     AsJson,
     app,
     fail,
+    is_given,
     one_line_for_mistakes,
+    one_line_for_the_world,
     percent,
     refuse_other_options,
     size,
@@ -48,7 +50,10 @@ def retrofit(
     eval_data: Annotated[
         Path | None, typer.Option(help="Held-out text. Default: the last tokens of --data.")
     ] = None,
-    eval_share: Annotated[float, typer.Option(help="How many of them.")] = 0.1,
+    eval_share: Annotated[
+        float,
+        typer.Option(help="Share of the tokens of --data that is held out, without --eval-data."),
+    ] = 0.1,
     eval_windows: Annotated[int, typer.Option(help="Held-out windows that are scored.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     stride: Annotated[int, typer.Option(help="Length of a block.")] = 128,
@@ -56,7 +61,10 @@ def retrofit(
     subblocks: Annotated[int, typer.Option(help="Sub-blocks; key heads take them in turn.")] = 1,
     sinks: Annotated[int, typer.Option(help="First positions that all later ones read.")] = 1,
     layers: Annotated[
-        str, typer.Option(help="all, alternate (1, 3, …), numbers such as 0,2,5-9, or suggest.")
+        str,
+        typer.Option(
+            help="all with full attention, alternate ones, numbers (0,2,5-9), or suggest."
+        ),
     ] = "all",
     budget: Annotated[
         float | None, typer.Option(help="For suggest: the cache as a share of the dense one.")
@@ -71,7 +79,9 @@ def retrofit(
         int | None, typer.Option(help="Number of steps, instead of --minutes; 0: do not tune.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 4,
-    at_once: Annotated[int, typer.Option(help="Windows of them in memory together.")] = 1,
+    at_once: Annotated[
+        int, typer.Option(help="How many of these go through the model together.")
+    ] = 1,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak rate. Default: 5e-4; with --full 5e-5.")
     ] = None,
@@ -81,11 +91,12 @@ def retrofit(
         typer.Option(
             default_factory=good_at_bf16,
             show_default=False,
-            help="Tune in bfloat16. Default: if the hardware multiplies it.",
+            help="Tune in bfloat16. Default: on where the hardware computes in it.",
         ),
     ],
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Recompute layers backward, to save memory.")
+        bool,
+        typer.Option("--recompute", help="Recompute layers in the backward pass, to save memory."),
     ] = False,
     tune_dense: Annotated[
         bool, typer.Option("--tune-dense", help="Tune the dense model as long, to compare with.")
@@ -115,6 +126,7 @@ def retrofit(
         else:
             if model is None or data is None:
                 raise ValueError("retrofit needs MODEL and --data, or --resume.")
+            _refuse_pairs(context)
             settings = RetrofitSettings(
                 model=_absolute(model),
                 data=_absolute(data),
@@ -126,7 +138,8 @@ def retrofit(
             opened = retrofitting.open_retrofit(settings)
             retrofitting.prepare_folder(out)
     say = (lambda line: typer.echo(line, err=True)) if as_json else typer.echo
-    with one_line_for_lack_of_memory():
+    resuming = f"colonnade retrofit --resume --out {out}"
+    with one_line_for_lack_of_memory(), one_line_for_the_world(resuming):
         results = retrofitting.run(opened, out, say, _bar)
     if as_json:
         typer.echo(json.dumps({"folder": str(out), "results": results}))
@@ -141,6 +154,23 @@ _SAME = (
     *("learning_rate", "seed", "bf16", "recompute", "tune_dense"),
 )
 """Parameters that are settings under the same name."""
+
+
+def _refuse_pairs(context: typer.Context) -> None:
+    """Refuse options of which one would be ignored.
+
+    Raises:
+        ValueError: They come together, or --lora is below 1.
+    """
+    pairs = {"full": "lora", "eval_data": "eval_share", "steps": "minutes"}
+    for used, ignored in pairs.items():
+        if is_given(context, used) and is_given(context, ignored):
+            shown = [f"--{name.replace('_', '-')}" for name in (used, ignored)]
+            raise ValueError(f"{shown[0]} goes without {shown[1]}, got both. Leave one out.")
+    if (rank := context.params["lora"]) < 1:
+        raise ValueError(
+            f"--lora must be at least 1, got --lora {rank}. Use --full to tune all weights."
+        )
 
 
 def _absolute(path: str | Path) -> str:
@@ -174,9 +204,11 @@ def _table(results: list[dict[str, Any]]) -> Table:
     """Show what was measured, a row for each model."""
     first = results[0]
     half = first["tokens"] // 2
+    count = first["windows"]
+    windows = f"{count} window" if count == 1 else f"{count} windows"
     table = Table(
         *("", "steps", "bits per byte", f"from token {half} on", "× dense", "cache", "of dense"),
-        title=f"{first['windows']} windows of {first['tokens']} tokens, {first['bytes']:,} bytes",
+        title=f"{windows} of {first['tokens']} tokens, {first['bytes']:,} bytes",
     )
     for column in table.columns[1:]:
         column.justify = "right"

@@ -17,6 +17,7 @@ from colonnade.cli.common import (
     app,
     is_given,
     one_line_for_mistakes,
+    one_line_for_the_world,
     refuse_other_options,
 )
 from colonnade.info import good_at_bf16, has_compiler
@@ -123,7 +124,7 @@ def train(
         typer.Option(
             default_factory=good_at_bf16,
             show_default=False,
-            help="Compute in bfloat16. Default: if the hardware multiplies it.",
+            help="Compute in bfloat16. Default: on where the hardware computes in it.",
         ),
     ],
     compile: Annotated[
@@ -181,7 +182,8 @@ def train(
             if compile and is_given(context, "compile") and (why := run.reason_not_compiled()):
                 raise ValueError(f"--compile does not work here: {why}. Use --no-compile.")
             folder.prepare_folder(out, overwrite)
-    trainer = run.resume(out, typer.echo) if resume else run.start(*new, out, typer.echo)
+    with one_line_for_the_world(f"colonnade train --resume --out {out}"):
+        trainer = run.resume(out, typer.echo) if resume else run.start(*new, out, typer.echo)
     bits = trainer.state.log_history[-1]["eval_bits_per_byte"]
     typer.echo(f"{bits:.3f} bits per byte on windows of the validation bytes; model in {out}")
     try:

@@ -7,6 +7,12 @@ from transformers import PreTrainedConfig
 from colonnade.hf.settings import of_layer
 
 
+def full_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the layers that have no sliding window; raises as `window_of` does."""
+    layers = range(config.num_hidden_layers)
+    return [layer for layer in layers if window_of(config, layer) is None]
+
+
 def window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
     """Return the number of positions that a layer's sliding window has, the reading one included.
 

@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME
 
 from colonnade import hf
 from colonnade.hf.settings import patterns_of
-from colonnade.hf.windows import window_of
+from colonnade.hf.windows import full_layers
 from colonnade.ops.heads import Patterns
 from colonnade.train.data import PackedWindows
 from colonnade.train.dense import load_dense, saved_dtype
@@ -181,7 +181,7 @@ def _convert(
     config = model.config.get_text_config(decoder=True)
     layers = range(config.num_hidden_layers)
     if settings.layers != SUGGEST:
-        full = [layer for layer in layers if window_of(config, layer) is None]
+        full = full_layers(config)
         # Without any, `retrofit` says so.
         chosen = layers_in(settings.layers, len(layers), full) if full else None
         pattern = settings.pattern()
