@@ -63,7 +63,7 @@ from colonnade.hf.windows import full_layers
 from colonnade.info import info
 from colonnade.ops.heads import Patterns
 from colonnade.pattern import Pattern
-from colonnade.train.dense import load_dense
+from colonnade.train.dense import load_dense, saved_dtype
 from colonnade.train.logits import find_head
 from colonnade.train.retrofit_settings import RETROFIT_FILE, layers_in
 from colonnade.train.scores import (

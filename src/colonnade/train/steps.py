@@ -30,7 +30,9 @@ class ScheduledTrainer(Trainer):
         if self.lr_scheduler is None:
             warm_up = self.args.get_warmup_steps(num_training_steps)
             share = functools.partial(rate_share, warm_up=warm_up, steps=num_training_steps)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None, "the Trainer makes it first"
+            self.lr_scheduler = LambdaLR(optimizer, share)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
