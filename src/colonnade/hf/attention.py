@@ -90,9 +90,9 @@ def attention_function(
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     config = of_layer(module.config, layer_idx)  # type: ignore[arg-type]
     patterns = patterns_of(config, layer_idx)
-    check_patterns(patterns, key.shape[1])
     _check_window(config, layer_idx, patterns, attention_mask.window, sliding_window)
     _check_heads(config, query.shape[1], patterns)
+    check_patterns(patterns, key.shape[1])
     options = _Options(scaling, as_dropout(dropout), s_aux)
     if attention_mask.cache is None:
         out = _attend(query, key, value, patterns, attention_mask, options)
