@@ -5,7 +5,8 @@
     stacked.py   tiles of equal rows, for CPUs
     padded.py    tiles of similar rows, padded, for other devices
     layout.py    which rows are padded together, and where they read and write
-    windowed.py  strided and local patterns: windows and columns
+    windowed.py  strided and local patterns, in lines as wide as their stride or window
+    regions.py   what these read: windows, columns and sinks
     full.py      full patterns, in PyTorch's own kernel where that keeps the contract
     seen.py      queries that read all keys, or marked ones: a decoder's token, static caches
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 from colonnade.backends.call import Call, Seen
 from colonnade.backends.documents import by_documents, lengths_to_count
-from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout, factors, multiply_
+from colonnade.backends.dropout import DROPOUT_SCHEMA, Dropout, multiply_
+from colonnade.backends.eager.regions import Column, Keys, Region, Sinks, Window
 from colonnade.backends.tracing.flops import Sizes
 from colonnade.backends.tracing.operation import LSE, define_attention
 from colonnade.pattern import LocalPattern, Part, StridedPattern
@@ -79,158 +80,6 @@ OPTIONS_SCHEMA = "int width, str reads, int sinks, float scale, SymInt begin, Te
 """`_Options` in the schema of an operation."""
 
 
-class _Keys(NamedTuple):
-    """What is known of each key: in lines […, lines, width, D], and of the sinks […, sinks, D]."""
-
-    lines: Tensor
-    sinks: Tensor
-
-
-@runtime_checkable
-class _Region(Protocol):
-    """Some of the keys that queries read, as one dense product."""
-
-    num_keys: int
-    visible: Tensor
-
-    def products(self, q: Tensor, k: _Keys) -> Tensor:
-        """q kᵀ for every key, visible or not: […, q_lines, q_columns, keys]."""
-
-    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
-        """The keys' values, weighted for each query: […, q_lines, q_columns, D]."""
-
-    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
-        """Add the queries' x, weighted for each key, to the keys."""
-
-    def factors(
-        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
-    ) -> Tensor:
-        """The factors of the weights, given the positions of the keys, D = 1."""
-
-    def reaches(self, bad: _Keys) -> Tensor:
-        """Mark the queries that read a marked key, D = 1."""
-
-
-class _Window:
-    """The line above and the own line: [above ; own], 2·width keys for each query."""
-
-    def __init__(self, q_lines: int, q_columns: int, real: Tensor, as_printed: bool) -> None:
-        self.q_lines = q_lines
-        self.q_columns = q_columns
-        self.as_printed = as_printed
-        width = real.shape[-2]
-        self.num_keys = 2 * width
-        column = torch.arange(width, device=real.device)
-        q_column = column[width - q_columns :, None]
-        itself, own, above = column == q_column, column <= q_column, column > q_column
-        if as_printed:
-            above = above | itself
-        band = torch.cat([above, own], -1)
-        # Padding in front reads itself, so that no softmax is empty.
-        always = torch.cat([torch.zeros_like(itself), itself], -1)
-        self.visible = band & self._keys(real)[..., 0][..., None, :] | always
-
-    def products(self, q: Tensor, k: _Keys) -> Tensor:
-        return q @ self._keys(k.lines).mT
-
-    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
-        return weights @ self._keys(v.lines)
-
-    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
-        above, own = (weights.mT @ x).chunk(2, -2)
-        lines = into.lines
-        first = lines.shape[-3] - self.q_lines
-        lines[..., first:, :, :] += own
-        # What would lie above the first line of keys has no weight.
-        hidden = 1 if first == 0 else 0
-        lines[..., first - 1 + hidden : lines.shape[-3] - 1, :, :] += above[..., hidden:, :, :]
-
-    def factors(
-        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
-    ) -> Tensor:
-        return factors(dropout, row, head, query, self._keys(position.lines)[None, None, ..., 0])
-
-    def reaches(self, bad: _Keys) -> Tensor:
-        # By sums along lines.
-        above, own = self._keys(bad.lines.long()).chunk(2, -2)
-        to_the_right = above.flip(-2).cumsum(-2).flip(-2)
-        if not self.as_printed:
-            to_the_right = to_the_right - above
-        reached = (own.cumsum(-2) + to_the_right) > 0
-        return reached[..., reached.shape[-2] - self.q_columns :, :]
-
-    def _keys(self, lines: Tensor) -> Tensor:
-        """[…, lines, width, D] as […, q_lines, 2·width, D], for each line of queries."""
-        first, stop = lines.shape[-3] - self.q_lines, lines.shape[-3]
-        above = F.pad(lines, (0, 0, 0, 0, 1, 0))[..., first:stop, :, :]
-        return torch.cat([above, lines[..., first:, :, :]], -2)
-
-
-class _Column:
-    """The keys above a query, one for each line; `with_itself`, its own position too."""
-
-    def __init__(self, q_lines: int, q_columns: int, real: Tensor, with_itself: bool) -> None:
-        self.q_lines = q_lines
-        self.first_column = real.shape[-2] - q_columns
-        lines = self.num_keys = real.shape[-3]
-        line = torch.arange(lines, device=real.device)
-        q_line = line[lines - q_lines :, None]
-        above = (line < q_line)[:, None] & self._under(real)[..., 0].mT
-        self.visible = above | ((line == q_line) & with_itself)[:, None]
-
-    def products(self, q: Tensor, k: _Keys) -> Tensor:
-        return (q.transpose(-3, -2) @ self._under(k.lines).transpose(-3, -2).mT).transpose(-3, -2)
-
-    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
-        return (weights.transpose(-3, -2) @ self._under(v.lines).transpose(-3, -2)).transpose(
-            -3, -2
-        )
-
-    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
-        spread = weights.transpose(-3, -2).mT @ x.transpose(-3, -2)
-        self._under(into.lines).add_(spread.transpose(-3, -2))
-
-    def factors(
-        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
-    ) -> Tensor:
-        above = self._under(position.lines)[..., 0].mT
-        return factors(dropout, row, head, query.mT, above[None, None]).transpose(-3, -2)
-
-    def reaches(self, bad: _Keys) -> Tensor:
-        # By sums down the lines; the own key counts too.
-        counts = self._under(bad.lines).long().cumsum(-3)
-        return counts[..., self.num_keys - self.q_lines :, :, :] > 0
-
-    def _under(self, lines: Tensor) -> Tensor:
-        """The columns of […, lines, width, D] that hold queries."""
-        return lines[..., self.first_column :, :]
-
-
-class _Sinks:
-    """The first keys of the sequence, for queries whose window has left them."""
-
-    def __init__(self, position: Tensor, sinks: int, window: int) -> None:
-        self.num_keys = sinks
-        self.visible = torch.arange(sinks, device=position.device) <= position - window
-
-    def products(self, q: Tensor, k: _Keys) -> Tensor:
-        return q @ k.sinks[..., None, :, :].mT
-
-    def weigh(self, weights: Tensor, v: _Keys) -> Tensor:
-        return weights @ v.sinks[..., None, :, :]
-
-    def spread(self, weights: Tensor, x: Tensor, into: _Keys) -> None:
-        into.sinks.add_((weights.mT @ x).sum(-3))
-
-    def factors(
-        self, dropout: Dropout, row: Tensor, head: Tensor, query: Tensor, position: _Keys
-    ) -> Tensor:
-        return factors(dropout, row, head, query, position.sinks[None, None, None, :, 0])
-
-    def reaches(self, bad: _Keys) -> Tensor:
-        return (self.visible & bad.sinks[..., None, None, :, 0]).any(-1, keepdim=True)
-
-
 class _Laid:
     """The operands in lines, in the type that is computed in."""
 
@@ -253,17 +102,17 @@ class _Laid:
         real = torch.ones(tail_len, 1, dtype=torch.bool, device=key.device)
         real, sizes = self._lines(real), (self.q_lines, self.q_columns)
         position = torch.arange(begin, begin + tail_len, device=key.device)[:, None]
-        self.key_position = _Keys(
+        self.key_position = Keys(
             self._lines(position), position.new_tensor(range(self.sinks))[:, None]
         )
         self.q_position = self.queries_of(position[tail_len - self.q_len :])
-        self.regions: list[_Region] = []
+        self.regions: list[Region] = []
         if reads != "summary":
-            self.regions.append(_Window(*sizes, real, as_printed=reads == "local"))
+            self.regions.append(Window(*sizes, real, as_printed=reads == "local"))
         if reads in ("merged", "summary"):
-            self.regions.append(_Column(*sizes, real, with_itself=reads == "summary"))
+            self.regions.append(Column(*sizes, real, with_itself=reads == "summary"))
         if self.sinks > 0:
-            self.regions.append(_Sinks(self.q_position, self.sinks, options.width))
+            self.regions.append(Sinks(self.q_position, self.sinks, options.width))
         marked = self._keys(bad[:, :, None])
         self.reached = torch.stack([region.reaches(marked) for region in self.regions]).any(0)
 
@@ -275,11 +124,11 @@ class _Laid:
         """[…, Tq, D] as […, q_lines, q_columns, D]."""
         return tensor[..., None, :, :] if self.q_lines == 1 else self._lines(tensor)
 
-    def _keys(self, tensor: Tensor) -> _Keys:
+    def _keys(self, tensor: Tensor) -> Keys:
         """[…, Tk, D] as lines of the tail, and sinks."""
-        return _Keys(self._lines(tensor[..., self.slots :, :]), tensor[..., : self.sinks, :])
+        return Keys(self._lines(tensor[..., self.slots :, :]), tensor[..., : self.sinks, :])
 
-    def gradient(self, keys: _Keys) -> Tensor:
+    def gradient(self, keys: Keys) -> Tensor:
         """[B, Hkv, Tk, D], summed over query heads: what was spread over keys."""
         lines, sinks = (t.sum(2, keepdim=True) for t in keys)
         tail = self.unlaid(lines, self.kv_len - self.slots)
@@ -320,18 +169,13 @@ class _Laid:
         by_head: Tensor = torch.cat(each, -1).unflatten(1, (self.kv_heads, group))
         return by_head
 
-    def split(self, weights: Tensor) -> list[tuple[_Region, Tensor]]:
+    def split(self, weights: Tensor) -> list[tuple[Region, Tensor]]:
         """Each region with its share of what lies side by side."""
         parts = weights.split([region.num_keys for region in self.regions], -1)
         return list(zip(self.regions, parts, strict=True))
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *given: Any,
-) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     options, dropout = _options(given)
 
     def attend(numbers: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -380,7 +224,7 @@ def _backward(
         d_scores = d_weights.sub_(delta).mul_(weights)
         d_query = [region.weigh(own, laid.k) for region, own in laid.split(d_scores)]
         d_key, d_value = (
-            _Keys(*(t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in keys))
+            Keys(*(t.new_zeros(*laid.q.shape[:3], *t.shape[3:]) for t in keys))
             for keys in (laid.k, laid.v)
         )
         for (region, own_scores), (_, own_weights) in zip(
